@@ -1,0 +1,19 @@
+"Hand the metadata in `settings.ini` to setuptools"
+from configparser import ConfigParser
+from pathlib import Path
+from setuptools import setup, find_packages
+
+here = Path(__file__).parent
+cfg = ConfigParser(delimiters=['='])
+cfg.read(here/'settings.ini', encoding='utf-8')
+cfg = cfg['DEFAULT']
+
+setup(
+    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
+    license=cfg['license'], keywords=cfg['keywords'].split(), python_requires='>='+cfg['min_python'],
+    long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
+    packages=find_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']),
+    install_requires=cfg['requirements'].split(),
+    extras_require={'dev': cfg['dev_requirements'].split(), 'timm': cfg['extra_requirements'].split()},
+    entry_points={'console_scripts': [cfg['console_scripts']],
+                  'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]})

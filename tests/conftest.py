@@ -1,0 +1,29 @@
+import os
+from pathlib import Path
+import pytest, torch
+from fastai_bnfold.trace import evaluating
+from fastai_bnfold.folder import randomize_bn, max_err
+
+os.environ.setdefault('MPLBACKEND', 'agg')
+
+@pytest.fixture(autouse=True)
+def seed(): torch.manual_seed(0)
+
+@pytest.fixture(scope='session')
+def imagenette():
+    "The real data, where the environment variable IMAGENETTE names it"
+    p = os.environ.get('IMAGENETTE')
+    if not p or not Path(p).exists(): pytest.skip('IMAGENETTE does not name a folder or archive')
+    return p
+
+def outputs(model, *args):
+    "Output tensors in eval mode"
+    from fastai_bnfold.trace import tensors_of
+    with evaluating(model): return tensors_of(model(*args))
+
+def error64(folded, model, *args):
+    "Error of `folded` against `model` computed in float64, relative to the largest output"
+    import copy
+    to64 = lambda o: o.double() if torch.is_tensor(o) and o.is_floating_point() else o
+    ref = outputs(copy.deepcopy(model).double(), *map(to64, args))
+    return max_err(ref, outputs(folded, *args))
