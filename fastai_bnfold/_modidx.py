@@ -154,6 +154,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastai_bnfold.rules._check_identity': ('rules.html#_check_identity', 'fastai_bnfold/rules.py'),
                                      'fastai_bnfold.rules._conv_layer': ('rules.html#_conv_layer', 'fastai_bnfold/rules.py'),
                                      'fastai_bnfold.rules._map_args': ('rules.html#_map_args', 'fastai_bnfold/rules.py'),
+                                     'fastai_bnfold.rules._only_moves': ('rules.html#_only_moves', 'fastai_bnfold/rules.py'),
                                      'fastai_bnfold.rules._parameter': ('rules.html#_parameter', 'fastai_bnfold/rules.py'),
                                      'fastai_bnfold.rules.average_backward': ('rules.html#average_backward', 'fastai_bnfold/rules.py'),
                                      'fastai_bnfold.rules.average_forward': ('rules.html#average_forward', 'fastai_bnfold/rules.py'),

@@ -109,7 +109,7 @@ def train(
     learn.model.to(memory_format=torch.channels_last)
     return learn, list(csv.DictReader(f.with_suffix('.csv').read_text().splitlines()))
 
-# %% ../nbs/08_experiments.ipynb #2b4fbd78
+# %% ../nbs/08_experiments.ipynb #51b08492
 article = {'vgg16_bn': 8448, 'resnet50': 26560} # Parameters that folding removes, in Hubens, "Speed-up inference with Batch Normalization Folding"
 
 def machine() -> dict:
@@ -122,7 +122,7 @@ def machine() -> dict:
 def fold_and_measure(
     learn:Learner,         # Trained
     latency_size:int,      # Width and height of the image that is timed, pixels
-    seconds:float=20.      # Time to spend on the latency
+    seconds:float=10.      # Time to spend on the latency
 ):                         # The FoldReport, with the latency at `latency_size`
     "Fold a trained network, validate before and after, and time one image of its validation set"
     rep = learn.fold_bn(latency=0)
@@ -165,6 +165,7 @@ def reproduce(
     bs:int=64,                      # Batch size
     bf16:bool=False,                # Train in bfloat16 on the CPU (validation and timing are in float32)
     latency_size:int=224,           # Width and height of the image whose latency is measured, pixels
+    seconds:float=10,               # Time to spend on the latency of each network
     weights:str=None,               # Folder of trained weights: used if there, kept there if not
     out:str='out'                   # Folder for results.json and results.png
 ):
@@ -178,7 +179,7 @@ def reproduce(
     for a in names:
         print(f'\n{a}: {epochs} epochs on {data}', flush=True)
         learn,hist[a] = train(a, dls, epochs, lr, bf16, weights)
-        reps[a] = fold_and_measure(learn, latency_size)
+        reps[a] = fold_and_measure(learn, latency_size, seconds)
         print(reps[a]._title())
     res = dict(data=data, size=dls.one_batch()[0].shape[-1], n_train=len(dls.train_ds), n_valid=len(dls.valid_ds), epochs=epochs, lr=lr, bs=bs, bf16=bf16,
                latency_size=latency_size, machine=machine(), networks={k: r.to_dict() | dict(history=hist[k]) for k,r in reps.items()})

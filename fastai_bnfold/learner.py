@@ -55,7 +55,7 @@ def _changed(before, after) -> int:
     "How many items have another class (for a segmentation: any pixel of another class)"
     return sum(int((x!=y).reshape(len(x),-1).any(1).sum()) for x,y in zip(before, after))
 
-# %% ../nbs/06_learner.ipynb #684cf5a1
+# %% ../nbs/06_learner.ipynb #b6398ce0
 _folds = WeakKeyDictionary() # Learner → (its BNFolder, its optimizer)
 
 def _learner_batch(learn):
@@ -95,7 +95,7 @@ def fold_bn(self:Learner,
         if latency and rep.n_folded:
             rep.latency_before,rep.latency_after,rep.speedup = _latency(self.model, _first(args, 1), swaps, latency)
     except BaseException: swaps.undo(); raise
-    if rep.n_folded: _folds[self] = folder,self.opt
+    if rep.n_folded: _folds[self],self.opt = (folder, self.opt),None # it holds the old parameters; `export` could not match it with the new
     return rep
 
 def _latency(model, args, swaps, seconds):

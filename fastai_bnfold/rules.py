@@ -138,7 +138,7 @@ def identity_forward(t, n, a, src):
     _check_identity(t, n)
     return [(n, a)]
 
-# %% ../nbs/02_rules.ipynb #1edee4bb
+# %% ../nbs/02_rules.ipynb #e55a3ef2
 def entries(a:Affine, shape) -> Tensor:
     "For every element of a value of this shape: the number of the entry of `a` that acts on it (float64, so that every op can move it)"
     return torch.arange(a.scale.numel(), dtype=torch.float64).view(a.scale.shape).expand(shape)
@@ -167,11 +167,15 @@ def _map_args(n, f):
 _movement = ops('view','reshape','_unsafe_view','flatten','unflatten','permute','transpose','t','squeeze','unsqueeze','chunk','split',
     'split_with_sizes','slice','narrow','select','expand','repeat','roll','flip','movedim','unbind','channel_shuffle','native_channel_shuffle',
     'reflection_pad1d','reflection_pad2d','reflection_pad3d','replication_pad1d','replication_pad2d','replication_pad3d',
-    'pixel_shuffle','pixel_unshuffle','cat','concat','tile','swapaxes','adjoint','numpy_T','mT')
+    'pad','pixel_shuffle','pixel_unshuffle','cat','concat','tile','swapaxes','adjoint','numpy_T','mT')
+
+def _only_moves(t, n):
+    if op_name(n)=='pad' and arguments(n)['mode']=='constant': raise Stop(f"{t.where(n)}, which adds constants")
 
 @forward(*_movement)
 def movement_forward(t, n, a, src):
     "Run the op on the entry numbers; what comes from other inputs gets the identity map"
+    _only_moves(t, n)
     other = a.scale.numel() # the number of the identity map
     args,kw = _map_args(n, lambda i: entries(a, t.shape(i)) if i is src else torch.full(t.shape(i), float(other), dtype=torch.float64))
     out = n.target(*args, **kw)
@@ -181,6 +185,7 @@ def movement_forward(t, n, a, src):
 @backward(*_movement)
 def movement_backward(t, n, a):
     "Run the op on the element numbers of its input, and see which entry each of them meets"
+    _only_moves(t, n)
     inputs = n.all_input_nodes
     sizes = [t.shape(i).numel() for i in inputs]
     starts = dict(zip(inputs, torch.tensor([0,*sizes]).cumsum(0).tolist()))

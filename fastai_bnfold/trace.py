@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx, get_proxy_mode
 from torch.utils._pytree import tree_flatten, tree_map
 from .affine import *
 
-# %% ../nbs/01_trace.ipynb #da68bebd
+# %% ../nbs/01_trace.ipynb #2ff37171
 @contextmanager
 def evaluating(model:nn.Module):
     "Run `model` in eval mode and without gradients; every module's own `training` flag comes back afterwards"
@@ -37,7 +37,7 @@ def as_args(xb) -> tuple:
 def tensors_of(out) -> list:
     "All tensors in a model's output, whatever structure holds them"
     if not isinstance(out, (Tensor,tuple,list,dict)) and hasattr(out, '__dict__'): out = vars(out)
-    res = [o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in tree_flatten(out)[0]]
+    res = [o.as_subclass(Tensor) if isinstance(o, Tensor) and type(o) is not Tensor else o for o in tree_flatten(out)[0]]
     return [t for o in res for t in ([o] if isinstance(o, Tensor) else tensors_of(o) if hasattr(o, '__dict__') else [])]
 
 # %% ../nbs/01_trace.ipynb #f292500b
@@ -68,7 +68,7 @@ def _record_calls(paths, owner, calls):
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/01_trace.ipynb #7a3dab8a
+# %% ../nbs/01_trace.ipynb #078547bc
 class Trace:
     "The dataflow of one run of `model` on the positional arguments `args`"
     def __init__(self, model:nn.Module, args:tuple):
@@ -86,6 +86,8 @@ class Trace:
             try: self.gm = make_fx(run, pre_dispatch=True)(*[leaves[i] for i in slots])
             except Exception as e: raise TraceError(f"The model does not run under the tracer: {type(e).__name__}: {e}") from e
         self.nodes = list(self.gm.graph.nodes)
+        if not all(isinstance(o, Node) for o in tree_flatten(self.nodes[-1].args)[0]):
+            raise TraceError("An output of the model does not come from the operations that were traced (it is of a tensor subclass, or leaves PyTorch on the way)")
         self._registered, self._readers = {}, {}
         for m,p in paths.items():
             for k,t in [*m._parameters.items(), *m._buffers.items()]:
@@ -93,7 +95,9 @@ class Trace:
         for n in self.nodes:
             for i in n.all_input_nodes:
                 if i.op=='get_attr': self._readers.setdefault(id(self.tensor(i)), []).append(n)
-        self.n_calls = {}
+        self.n_calls,self._n_ops = {},{}
+        for n in self.nodes:
+            if n.op=='call_function' and (c := self.call(n)): self._n_ops[id(c)] = self._n_ops.get(id(c),0) + 1
         for c in self.calls: self.n_calls[c.module] = self.n_calls.get(c.module,0) + 1
 
     def tensor(self, n:Node) -> Tensor:
@@ -117,7 +121,7 @@ class Trace:
         if n.op=='output': return "the model's output"
         name,c = op_name(n), self.call(n)
         if c is None or c.path=='': return f"`{name}` in the model's own `forward`"
-        return f"`{c.path}` ({type(c.module).__name__})" if not any(True for _ in c.module.children()) else f"`{name}` in `{c.path}`"
+        return f"`{c.path}` ({type(c.module).__name__})" if self._n_ops[id(c)]==1 else f"`{name}` in `{c.path}` ({type(c.module).__name__})"
 
 def op_of(n:Node):
     "The op of a node without its overload: `aten.conv2d` for `aten.conv2d.padding`"

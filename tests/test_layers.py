@@ -106,7 +106,8 @@ def test_sync_and_lazy(bn):
 
 def test_lazy_without_a_first_run():
     net = nn.Sequential(nn.LazyConv2d(16, 3), nn.LazyBatchNorm2d())
-    with pytest.raises(FoldError, match='lazy'): BNFolder().fold(net, torch.randn(2,3,9,9))
+    folder = BNFolder(); folder.fold(net, torch.randn(2,3,9,9))
+    assert folder.report.n_folded==1
 
 def test_chain_of_bns():
     net = nn.Sequential(nn.Conv2d(3,16,3), nn.BatchNorm2d(16), nn.BatchNorm2d(16), nn.Dropout2d(), nn.BatchNorm2d(16), nn.Tanh(),
