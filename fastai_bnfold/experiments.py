@@ -6,11 +6,11 @@
 __all__ = ['article', 'commands', 'DataError', 'digits_dls', 'find_images', 'get_dls', 'AutocastCPU', 'train', 'machine',
            'fold_and_measure', 'compare', 'plot_reports', 'reproduce', 'main']
 
-# %% ../nbs/08_experiments.ipynb #863aae16
-import csv, json, os, platform, sys, tarfile, tempfile
+# %% ../nbs/08_experiments.ipynb #4d6b4568
+import csv, inspect, json, os, platform, sys, tarfile, tempfile
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
-from fastcore.script import call_parse, bool_arg
+from fastcore.script import call_parse, anno_parser
 import torchvision
 from .affine import *
 from .learner import *
@@ -109,7 +109,7 @@ def train(
     learn.model.to(memory_format=torch.channels_last)
     return learn, list(csv.DictReader(f.with_suffix('.csv').read_text().splitlines()))
 
-# %% ../nbs/08_experiments.ipynb #51b08492
+# %% ../nbs/08_experiments.ipynb #278c25dc
 article = {'vgg16_bn': 8448, 'resnet50': 26560} # Parameters that folding removes, in Hubens, "Speed-up inference with Batch Normalization Folding"
 
 def machine() -> dict:
@@ -199,6 +199,6 @@ def main():
         usage = 'usage: bnfold COMMAND [options]; commands: ' + ', '.join(commands) + '; `bnfold COMMAND --help` explains one'
         if set(sys.argv[1:2]) & {'-h','--help'}: print(usage); return
         _exit(usage)
-    name = sys.argv.pop(1)
-    sys.argv[0] = f'bnfold {name}'
-    commands[name]()
+    f = commands[sys.argv[1]].__wrapped__
+    args = vars(anno_parser(f, prog=f'bnfold {sys.argv[1]}').parse_args(sys.argv[2:]))
+    f(**{k:v for k,v in args.items() if k in inspect.signature(f).parameters})

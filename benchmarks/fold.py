@@ -1,0 +1,89 @@
+"""Time to fold, and latency after folding, beside FasterAI's `BN_Folder`, `torch.fx` `fuse`, and the limit (BNs deleted).
+
+    python benchmarks/fold.py [--arch resnet50,vgg16_bn] [--seconds 20] [--out benchmarks/results/fold.json]
+
+Interleaved runs, medians; ratios are medians over rounds. The networks are warmed up: the BN statistics are computed on random
+images, so that activations are of ordinary size (no subnormal numbers, which would fake a speed-up). `pip install --no-deps fasterai==0.4.1`
+adds FasterAI to the table; without it, it says so.
+"""
+import copy, importlib.util, json, sys, time
+from pathlib import Path
+import torch, torchvision
+from torch import nn
+from fastcore.script import call_parse
+from fastprogress.fastprogress import progress_bar
+from fastai_bnfold.all import *
+from fastai_bnfold.experiments import machine
+from fastai_bnfold.latency import latency, median, ratio
+from fastai_bnfold.folder import max_err
+
+def fasterai_folder():
+    "FasterAI's `BN_Folder`, from its own file (the package's `__init__` imports much that is not needed here)"
+    spec = importlib.util.find_spec('fasterai')
+    if spec is None: return None
+    f = Path(spec.submodule_search_locations[0])/'misc'/'bn_folding.py'
+    spec = importlib.util.spec_from_file_location('fasterai_bn_folding', f)
+    m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)
+    return m.BN_Folder().fold
+
+def warmed_up(arch):
+    "A network whose BN statistics are those of its own activations"
+    torch.manual_seed(0)
+    m = torchvision.models.get_model(arch, weights=None, num_classes=10).train()
+    for b in m.modules():
+        if isinstance(b, nn.BatchNorm2d): b.momentum = None
+    with torch.no_grad():
+        for _ in range(3): m(torch.randn(8,3,64,64))
+    return m.eval()
+
+def deleted(m):
+    "The limit: every BN deleted, wrong outputs and all; convolutions keep the bias that a fold gives them"
+    m = copy.deepcopy(m)
+    for p in list(m.modules()):
+        for k,c in p._modules.items():
+            if isinstance(c, nn.BatchNorm2d): p._modules[k] = nn.Identity()
+            if isinstance(c, nn.Conv2d) and c.bias is None: c.bias = nn.Parameter(torch.zeros(c.out_channels))
+    return m
+
+def table(head, rows):
+    w = [max(len(str(r[i])) for r in [head,*rows]) for i in range(len(head))]
+    for r in [head,*rows]: print('  '.join(str(c).ljust(x) for c,x in zip(r, w)))
+
+def bench(arch, seconds):
+    m,x = warmed_up(arch),torch.randn(1,3,224,224)
+    from torch.fx.experimental.optimization import fuse
+    tools = {'fastai_bnfold': lambda m: BNFolder().fold(m, x), 'fastai_bnfold, verify=False': lambda m: BNFolder(verify=False).fold(m, x),
+             'torch.fx fuse': lambda m: fuse(m), 'FasterAI BN_Folder': fasterai_folder()}
+    with torch.no_grad(): ref = [m(x)]
+    folded,rows,missing = {},{},[k for k,f in tools.items() if f is None]
+    tools = {k:f for k,f in tools.items() if f}
+    for k,f in tools.items():
+        g = f(m)
+        with torch.no_grad(): rows[k] = dict(max_err=max_err(ref, [g(x)]), bn_left=sum(isinstance(o, nn.BatchNorm2d) for o in g.modules()))
+        folded[k] = g
+    fold = latency({'one forward pass': lambda: m(x), **{k: (lambda f=f: f(m)) for k,f in tools.items()}}, seconds)
+    for k in tools: rows[k] |= dict(fold_seconds=median(fold[k]), fold_in_forwards=ratio(fold, k, 'one forward pass'))
+    run = {'unfolded': m, 'limit': deleted(m), **{k:g for k,g in folded.items() if 'verify' not in k}}
+    lat = latency({k: (lambda g=g: g(x)) for k,g in run.items()}, seconds, max_rounds=2000)
+    for k in run: rows.setdefault(k, {}).update(latency_ms=1e3*median(lat[k]), over_limit=ratio(lat, k, 'limit'), speedup=ratio(lat, 'unfolded', k))
+    return dict(rounds_fold=len(fold['one forward pass']), rounds_latency=len(lat['unfolded']), rows=rows, missing=missing)
+
+@call_parse
+def main(
+    arch:str='resnet50,vgg16_bn',            # torchvision networks, separated by commas
+    seconds:float=30,                        # Time for each of the two measurements of each network
+    out:str='benchmarks/results/fold.json'   # Where the figures go
+):
+    "Time to fold, and latency after folding"
+    res = {}
+    for a in progress_bar(arch.split(',')): res[a] = bench(a, seconds)
+    out = Path(out); out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(dict(machine=machine(), image=224, batch=1, networks=res), indent=1))
+    f = lambda v, p: '' if v is None else format(v, p)
+    for a,r in res.items():
+        print(f"\n{a}: one 224x224 image, {r['rounds_latency']} interleaved rounds (folding: {r['rounds_fold']})")
+        table(['', 'time to fold, s', 'in forward passes', 'max_err', 'BNs left', 'latency, ms', 'over the limit', 'speed-up'],
+              [[k, f(v.get('fold_seconds'),'.2f'), f(v.get('fold_in_forwards'),'.1f'), f(v.get('max_err'),'.1e'), f(v.get('bn_left'),'d'),
+                f(v.get('latency_ms'),'.2f'), f(v.get('over_limit'),'.3f'), f(v.get('speedup'),'.3f')] for k,v in r['rows'].items()])
+        for k in r['missing']: print(f'{k}: not installed')
+    print(f'\nAll figures: {out}')
