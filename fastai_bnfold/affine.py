@@ -19,7 +19,7 @@ class VerificationError(FoldError): "The folded model did not reproduce the outp
 class FoldedError(FoldError): "Not possible with a folded model: call `unfold_bn` first"
 class NoDataError(FoldError): "There is no batch to trace the model with"
 
-# %% ../nbs/00_affine.ipynb #9b8bda03
+# %% ../nbs/00_affine.ipynb #4f13519e
 @dataclass(frozen=True)
 class Affine:
     "The map `x ↦ scale*x + shift`; both are float64 and broadcast over the value the map acts on"
@@ -50,9 +50,9 @@ class Affine:
         eps:float             # ε
     ) -> 'Affine':            # scale and shift of shape (C,)
         "The map of a batch norm at test time (Ioffe & Szegedy 2015, Algorithm 2, line 11)"
-        mean, var = mean.double(), var.double()
-        scale = (var+eps).rsqrt() if weight is None else weight.double()*(var+eps).rsqrt()
-        return cls(scale, -mean*scale if bias is None else bias.double()-mean*scale)
+        mean,var,weight,bias = (None if o is None else o.detach().cpu().double() for o in (mean, var, weight, bias))
+        scale = (var+eps).rsqrt() if weight is None else weight*(var+eps).rsqrt()
+        return cls(scale, -mean*scale if bias is None else bias-mean*scale)
 
 # %% ../nbs/00_affine.ipynb #e37c5d28
 def _canonical(w, groups, transposed):

@@ -6,8 +6,9 @@
 __all__ = ['article', 'commands', 'DataError', 'digits_dls', 'find_images', 'get_dls', 'AutocastCPU', 'train', 'machine',
            'fold_and_measure', 'compare', 'plot_reports', 'reproduce', 'main']
 
-# %% ../nbs/08_experiments.ipynb #4d6b4568
-import csv, inspect, json, os, platform, sys, tarfile, tempfile
+# %% ../nbs/08_experiments.ipynb #a1c8c72c
+import csv, inspect, json, os, platform, sys, tarfile, tempfile, warnings
+warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated') # fastai's import; a user of the command can do nothing about it
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
 from fastcore.script import call_parse, anno_parser
@@ -15,7 +16,7 @@ import torchvision
 from .affine import *
 from .learner import *
 
-# %% ../nbs/08_experiments.ipynb #7675be18
+# %% ../nbs/08_experiments.ipynb #0ebe4f78
 class DataError(FoldError): "The data that was asked for is not there, or is not laid out as expected"
 
 def _digit(i):
@@ -38,7 +39,7 @@ def _unpack(f, to):
     "Unpack the archive `f` into the folder `to`"
     try:
         with tarfile.open(f) as t: t.extractall(to, filter='data')
-    except (tarfile.TarError, EOFError, OSError) as e: raise DataError(f"'{f}' cannot be unpacked as a .tar or .tgz archive: {e}") from e
+    except (tarfile.TarError, EOFError, OSError) as e: raise DataError(f"'{f}' cannot be unpacked as a .tar or .tgz archive: {str(e).splitlines()[0].rstrip(':')}") from e
     return to
 
 def _image_folder(p, name):

@@ -16,7 +16,7 @@ from .rules import *
 from .report import *
 from .plan import *
 
-# %% ../nbs/05_folder.ipynb #37c65fb9
+# %% ../nbs/05_folder.ipynb #8928aec0
 class Swaps:
     "References of a model that can be put in place and taken back, any number of times"
     def __init__(self): self.old,self.new = [],[]  # (table, key, value), for the model's `_parameters` and `_modules` tables
@@ -38,10 +38,8 @@ def _folded_layer(m, edits):
     "Weight and bias of the module `m` after all `edits` to it, rounded once"
     l = edits[0].layer
     weight,bias = m._parameters[l.weight],m._parameters[l.bias]
-    w,b = weight.detach().double(), None if bias is None else bias.detach().double()
-    for e in edits:
-        a = Affine(e.map.scale.to(w.device), e.map.shift.to(w.device))
-        w,b = (absorb_out if e.side=='out' else absorb_in)(a, w, b, l.groups, l.transposed)
+    w,b = (None if p is None else p.detach().cpu().double() for p in (weight, bias))
+    for e in edits: w,b = (absorb_out if e.side=='out' else absorb_in)(e.map, w, b, l.groups, l.transposed)
     w = _new_parameter(w, weight)
     if not torch.isfinite(w).all(): raise FoldError(f"Folding into `{l.path}` overflows {weight.dtype}: the scale of a batch norm is too large for this dtype. Fold in float32 and convert the folded model.")
     return w, nn.Parameter(stored(b, weight), requires_grad=weight.requires_grad) if bias is None else _new_parameter(b, bias)
@@ -73,7 +71,7 @@ def swaps_for(
     if steps: swaps.add(vars(model), 'bn_folded', True)
     return swaps
 
-# %% ../nbs/05_folder.ipynb #b13a4f66
+# %% ../nbs/05_folder.ipynb #e97839ea
 def perturbed(args:tuple, noise:float=0.1, seed:int=0) -> tuple:
     "`args` with noise on every floating point tensor, at `noise` times its standard deviation"
     gen = torch.Generator().manual_seed(seed)
@@ -91,7 +89,7 @@ def max_err(
     if [o.shape for o in before]!=[o.shape for o in after]: return float('inf')
     err = 0.
     for x,y in zip(before, after):
-        x,y = x.double(),y.double()
+        x,y = x.cpu().double(),y.cpu().double()
         same = (x==y) | (x.isnan() & y.isnan())
         if same.all(): continue
         if not torch.isfinite(x[~same]).all() or not torch.isfinite(y[~same]).all(): return float('inf')
@@ -104,7 +102,7 @@ def tolerance(outputs:list, n_folded:int) -> float:
     eps = max([torch.finfo(o.dtype).eps for o in outputs if o.is_floating_point()], default=torch.finfo(torch.float32).eps)
     return 64*eps*(n_folded+1)**.5
 
-# %% ../nbs/05_folder.ipynb #000add04
+# %% ../nbs/05_folder.ipynb #36cf4fd6
 def _n(ts): return sum(t.numel() for t in ts)
 
 class BNFolder:
@@ -129,7 +127,7 @@ class BNFolder:
         self.report,self._swaps = None,None
         args = self._args(model, xb)
         plan,before = self._plan(model, args)
-        sizes = _n(model.parameters()),_n(model.buffers())
+        buffers = _n(model.buffers())
         other = run(model, perturbed(args)) if self.verify and plan.steps else None
         if not inplace: model = self._copy(model)
         swaps,err = swaps_for(model, plan.steps),None
@@ -138,7 +136,7 @@ class BNFolder:
             if self.verify and plan.steps: err = self._verify(model, swaps, plan, args, before, other)
         except BaseException: swaps.undo(); raise
         self._swaps = swaps
-        self.report = FoldReport(plan.rows, sizes[0], _n(model.parameters()), sizes[1], _n(model.buffers()), err)
+        self.report = FoldReport(plan.rows, plan.params_before, _n(model.parameters()), buffers, _n(model.buffers()), err)
         return model
 
     def unfold(self):

@@ -107,18 +107,30 @@ class Search:
         self.gone.add(b.node)
         return edits
 
-# %% ../nbs/04_plan.ipynb #adb9adc6
+# %% ../nbs/04_plan.ipynb #afb25838
 @dataclass(repr=False)
 class FoldPlan(FoldTable):
     "What folding would do: `rows` for people, `edits` and `replaced` for the folder"
     rows:list
     steps:list=field(default_factory=list)  # (module path of the BN, its edits), in the order in which they apply
+    params_before:int=0                     # Elements of `parameters()`
+    params_after:int=0                      # And when it is folded
     verb = 'can be folded'
 
 def _unlist(reasons):
     "One sentence out of the reasons in the two directions"
     b,f = reasons.get('backward'),reasons.get('forward')
     return f"backward, it stops at {b}; forward, it stops at {f}"
+
+def _sizes(model, steps):
+    "Elements of the parameters before and after: the BNs' go, layers without a bias gain one"
+    before = sum(p.numel() for p in model.parameters())
+    gone = sum(p.numel() for path,_ in steps for p in model.get_submodule(path).parameters())
+    gained = {}
+    for l in (e.layer for _,edits in steps for e in edits):
+        m = model.get_submodule(l.path)
+        if m._parameters[l.bias] is None: gained[m] = m._parameters[l.weight].shape[1]*l.groups if l.transposed else len(m._parameters[l.weight])
+    return before, before-gone+sum(gained.values())
 
 def make_plan(t:Trace) -> FoldPlan:
     "For every BN of the trace: where it goes, or why it stays"
@@ -140,4 +152,4 @@ def make_plan(t:Trace) -> FoldPlan:
     ran = {c.module for c in t.calls}
     never = [Row(p, live=False, reason='it never ran on the example batch in eval mode') for p,m in t.model.named_modules()
              if isinstance(m, nn.modules.batchnorm._BatchNorm) and m not in ran]
-    return FoldPlan([rows[b] for b in calls] + never, steps)
+    return FoldPlan([rows[b] for b in calls] + never, steps, *_sizes(t.model, steps))

@@ -27,7 +27,7 @@ class Row:
         "The row in words"
         return f"{self.how} into {', '.join(self.into)}" if self.folded else f"kept: {self.reason}"
 
-# %% ../nbs/03_report.ipynb #37d38fd9
+# %% ../nbs/03_report.ipynb #e362409c
 def _num(x) -> str:
     "A number for a table"
     return '' if x is None else x if isinstance(x, str) else f"{x:,}" if isinstance(x, int) else f"{x:.6g}"
@@ -58,7 +58,8 @@ class FoldTable:
         "The rows of the BNs that stay"
         return [r for r in self.rows if not r.folded]
 
-    def _title(self):
+    def _title(self) -> str:
+        "The first line"
         if not self.rows: return 'The model has no batch norm: nothing to fold.'
         return f"{self.n_folded} of {self.n_bn} batch norms {self.verb}"
     def _figures(self): return [], []

@@ -6,7 +6,8 @@
 __all__ = ['backward_rules', 'forward_rules', 'Stop', 'Layer', 'Absorb', 'backward', 'forward', 'ops', 'layer_of', 'per_channel',
            'conv_backward', 'conv_forward', 'linear_backward', 'linear_forward', 'identity_backward',
            'identity_forward', 'entries', 'compress', 'select', 'movement_forward', 'movement_backward',
-           'average_backward', 'average_forward']
+           'average_backward', 'average_forward', 'mean_forward', 'mean_backward', 'maximum_backward',
+           'maximum_forward', 'sum_backward', 'scale_backward']
 
 # %% ../nbs/02_rules.ipynb #7f598033
 import torch
@@ -215,3 +216,67 @@ def average_backward(t, n, a): return [(_check_average(t, n, a), a)]
 def average_forward(t, n, a, src):
     _check_average(t, n, a)
     return [(n, a)]
+
+# %% ../nbs/02_rules.ipynb #f1bd60a5
+def _mean_dims(t, n, x):
+    "The dimensions of its input `x` that `n` averages over (negative), and whether it keeps them"
+    v,ndim = arguments(n),len(t.shape(x))
+    dims = sorted({d-ndim if d>=0 else d for d in (v.get('dim') or range(ndim))})
+    return dims,v.get('keepdim', False)
+
+@forward(*ops('mean'))
+def mean_forward(t, n, a, src):
+    dims,keep = _mean_dims(t, n, src)
+    a = a.view((1,)*(len(t.shape(src))-a.scale.ndim) + a.scale.shape)
+    if any(a.scale.shape[d]>1 for d in dims): raise Stop(f"{t.where(n)}, which averages over positions with different maps")
+    return [(n, Affine(a.scale.mean(dims, keep), a.shift.mean(dims, keep)))]
+
+@backward(*ops('mean'))
+def mean_backward(t, n, a):
+    x = n.args[0]
+    dims,keep = _mean_dims(t, n, x)
+    if not keep:
+        shape = list((1,)*(len(t.shape(n))-a.scale.ndim) + a.scale.shape)
+        for d in dims: shape.insert(d+len(t.shape(x)), 1)
+        a = a.view(shape)
+    return [(x, a)]
+
+# %% ../nbs/02_rules.ipynb #a2b0c2d2
+_maxima = ops('max_pool1d','max_pool2d','max_pool3d')
+
+def _check_maximum(t, n, a):
+    if (a.scale<0).any(): raise Stop(f"{t.where(n)}, because {int((a.scale<0).sum())} of its scales are negative")
+    return _check_average(t, n, a)
+
+@backward(*_maxima)
+def maximum_backward(t, n, a): return [(_check_maximum(t, n, a), a)]
+
+@forward(*_maxima)
+def maximum_forward(t, n, a, src):
+    _check_maximum(t, n, a)
+    return [(n, a)]
+
+# %% ../nbs/02_rules.ipynb #7c32ab9f
+def _unbroadcast(t, n, i, a):
+    "`a`, which acts on the output of `n`, for the input `i` that is broadcast to it"
+    a,shape = a.view((1,)*(len(t.shape(n))-a.scale.ndim) + a.scale.shape), t.shape(i)
+    extra = a.scale.ndim-len(shape)
+    if any(s>1 for s in a.scale.shape[:extra]) or any(m>1 and s==1 for m,s in zip(a.scale.shape[extra:], shape)):
+        raise Stop(f"{t.where(n)}, which broadcasts a value to places with different maps")
+    return a.view(a.scale.shape[extra:])
+
+@backward(*ops('add','sub'))
+def sum_backward(t, n, a):
+    x,y,alpha = n.args[0],n.args[1],arguments(n).get('alpha', 1)
+    if not isinstance(y, Node): # a number
+        c = y*alpha*(-1 if op_name(n)=='sub' else 1)
+        return [(x, Affine(a.scale, a.shift+(a.scale-1)*c))]
+    if x is y or not isinstance(x, Node): raise Stop(f"{t.where(n)} of a value and itself")
+    return [(x, _unbroadcast(t, n, x, a)), (y, _unbroadcast(t, n, y, Affine(a.scale, torch.zeros_like(a.shift))))]
+
+@backward(*ops('mul','div'))
+def scale_backward(t, n, a):
+    x,c = n.args[0],n.args[1]
+    if isinstance(c, Node) or not isinstance(x, Node): raise Stop(f"{t.where(n)}, which multiplies two values")
+    if c==0: raise Stop(f"{t.where(n)}, a product with 0")
+    return [(x, Affine(a.scale, a.shift*c if op_name(n)=='div' else a.shift/c))]

@@ -20,7 +20,7 @@ def fails(out, *words):
     assert len(lines)==1 and lines[0].startswith('bnfold: ') and all(w in lines[0] for w in words), out.stderr
 
 def test_reproduce_digits(tmp_path):
-    out = bnfold('reproduce', '--data', 'digits', '--arch', 'resnet18', '--epochs', 1, '--latency_size', 64, '--seconds', 1, '--out', tmp_path)
+    out = bnfold('reproduce', '--data', 'digits', '--arch', 'resnet18', '--epochs', 1, '--latency-size', 64, '--seconds', 1, '--out', tmp_path)
     assert out.returncode==0, out.stderr
     res = json.loads((tmp_path/'results.json').read_text())
     r = res['networks']['resnet18']
@@ -35,9 +35,9 @@ def test_reproduce_path(tmp_path, ext):
     if ext!='folder':
         with tarfile.open(f'{src}.{ext}', 'w:gz' if ext=='tgz' else 'w') as t: t.add(src, 'data' if ext=='tgz' else '.')
         src = f'{src}.{ext}'
-    out = bnfold('reproduce', '--data', src, '--arch', 'resnet18', '--epochs', 1, '--size', 32, '--bs', 4, '--latency_size', 32, '--seconds', 1, '--out', tmp_path/'o', '--weights', tmp_path/'w')
+    out = bnfold('reproduce', '--data', src, '--arch', 'resnet18', '--epochs', 1, '--size', 32, '--bs', 4, '--latency-size', 32, '--seconds', 1, '--out', tmp_path/'o', '--weights', tmp_path/'w')
     assert out.returncode==0, out.stderr
-    again = bnfold('reproduce', '--data', src, '--arch', 'resnet18', '--epochs', 1, '--size', 32, '--bs', 4, '--latency_size', 32, '--seconds', 1, '--out', tmp_path/'o2', '--weights', tmp_path/'w')
+    again = bnfold('reproduce', '--data', src, '--arch', 'resnet18', '--epochs', 1, '--size', 32, '--bs', 4, '--latency-size', 32, '--seconds', 1, '--out', tmp_path/'o2', '--weights', tmp_path/'w')
     a,b = (json.loads((tmp_path/o/'results.json').read_text())['networks']['resnet18'] for o in ('o','o2'))
     assert a['metrics_before']['accuracy']==b['metrics_before']['accuracy'] and a['history']==b['history'] # the weights were used again
 
@@ -60,4 +60,4 @@ def test_an_archive_cannot_write_elsewhere(tmp_path):
 
 def test_help():
     out = bnfold('--help'); assert out.returncode==0 and 'reproduce' in out.stdout
-    out = bnfold('reproduce', '--help'); assert out.returncode==0 and '--latency_size' in out.stdout
+    out = bnfold('reproduce', '--help'); assert out.returncode==0 and '--latency-size' in out.stdout
