@@ -16,9 +16,9 @@ test: $(READY)
 nbs: $(READY)
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
 
-# execute the fast notebooks in place
+# execute the fast notebooks in place, and make README.md from the index
 run-nbs: $(READY)
-	$(BIN)/python nbs/run.py nbs/0*.ipynb nbs/index.ipynb && $(BIN)/nbdev-clean
+	$(BIN)/python nbs/run.py nbs/0*.ipynb nbs/index.ipynb && $(BIN)/nbdev-clean && $(BIN)/python nbs/readme.py
 
 $(READY): settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -55,7 +55,7 @@ def _changed(before, after) -> int:
     "How many items have another class (for a segmentation: any pixel of another class)"
     return sum(int((x!=y).reshape(len(x),-1).any(1).sum()) for x,y in zip(before, after))
 
-# %% ../nbs/06_learner.ipynb #b6398ce0
+# %% ../nbs/06_learner.ipynb #9db460c2
 _folds = WeakKeyDictionary() # Learner → (its BNFolder, its optimizer)
 
 def _learner_batch(learn):
@@ -63,7 +63,7 @@ def _learner_batch(learn):
     try: dl = learn.dls.valid if _has_valid(learn) else learn.dls.train.new(shuffle=False, drop_last=False)
     except Exception as e: dl = None
     if dl is None or not len(dl): raise NoDataError("This Learner has no data to trace its model with. Give a batch: `learn.fold_bn(xb=...)`, a tensor or a tuple of the model's inputs.")
-    b = to_device(next(iter(dl)), next(iter(learn.model.parameters()), torch.zeros(1)).device)
+    b = to_device(dl.one_batch(), next(iter(learn.model.parameters()), torch.zeros(1)).device)
     return _first(as_args(b[:getattr(learn.dls, 'n_inp', 1)] if isinstance(b, (tuple,list)) else (b,)), 2)
 
 def _has_valid(learn): return len(learn.dls.loaders)>1 and len(learn.dls.valid.dataset)>0 and len(learn.dls.valid)>0
@@ -82,15 +82,14 @@ def fold_bn(self:Learner,
     "Fold the batch norms of the model in place, and show that nothing changed; `unfold_bn` undoes it"
     if getattr(self.model, 'bn_folded', False): raise FoldedError("This Learner is folded already. `learn.unfold_bn()` brings the trainable model back.")
     args = _learner_batch(self) if xb is None else as_args(xb)
-    folder,notes = BNFolder(verify),[]
-    folder.plan(self.model, args)
-    if validate and not _has_valid(self): validate = False; notes.append('The Learner has no validation set: the metrics could not be compared.')
-    before = _validate(self) if validate else ({}, None)
+    folder = BNFolder(verify)
     folder.fold(self.model, args, inplace=True)
     rep,swaps = folder.report,folder._swaps
+    if validate and not _has_valid(self): validate = False; rep.notes.append('The Learner has no validation set: the metrics could not be compared.')
     try:
-        after = _validate(self) if validate else ({}, None)
-        rep.metrics_before,rep.metrics_after,rep.notes = before[0],after[0],notes
+        swaps.undo(); before = _validate(self) if validate else ({}, None)
+        swaps.redo(); after = _validate(self) if validate else ({}, None)
+        rep.metrics_before,rep.metrics_after = before[0],after[0]
         if before[1]: rep.n_items,rep.n_changed = sum(map(len, before[1])),_changed(before[1], after[1])
         if latency and rep.n_folded:
             rep.latency_before,rep.latency_after,rep.speedup = _latency(self.model, _first(args, 1), swaps, latency)

@@ -16,7 +16,7 @@ from .rules import *
 from .rules import backward_rules, forward_rules
 from .report import *
 
-# %% ../nbs/04_plan.ipynb #0e9139ae
+# %% ../nbs/04_plan.ipynb #15e01e2b
 _bn_ops = ops('batch_norm','native_batch_norm','_native_batch_norm_legit','_native_batch_norm_legit_no_training','cudnn_batch_norm','miopen_batch_norm')
 _bn_forwards = {c.forward for c in (nn.BatchNorm2d, nn.SyncBatchNorm)} # BatchNorm1d, 3d and the lazy ones share BatchNorm2d's
 
@@ -60,6 +60,7 @@ def bn_calls(t:Trace) -> list:
         b.map = Affine.of_bn(*(ts.get(k) for k in ('running_mean','running_var','weight','bias')), v['eps'])
         if path=='': b.reason = 'it is the model itself: there is no layer beside it' if type(module).forward in _bn_forwards else "it is a bare function call in the model's own `forward`, no module that could be replaced"
         elif type(module).forward not in _bn_forwards: b.reason = f"it runs inside `{path}`, whose class {type(module).__name__} has a `forward` of its own"
+        elif 'forward' in vars(module): b.reason = f"the `forward` of `{path}` was replaced on the instance"
         elif t.n_calls[module]>1: b.reason = f"`{path}` is called {t.n_calls[module]} times"
     return res
 
@@ -107,17 +108,17 @@ class Search:
         self.gone.add(b.node)
         return edits
 
-# %% ../nbs/04_plan.ipynb #afb25838
+# %% ../nbs/04_plan.ipynb #cded318d
 @dataclass(repr=False)
 class FoldPlan(FoldTable):
-    "What folding would do: `rows` for people, `edits` and `replaced` for the folder"
+    "What folding would do: `rows` for people, `steps` for the folder"
     rows:list
     steps:list=field(default_factory=list)  # (module path of the BN, its edits), in the order in which they apply
     params_before:int=0                     # Elements of `parameters()`
     params_after:int=0                      # And when it is folded
     verb = 'can be folded'
 
-def _unlist(reasons):
+def _in_words(reasons):
     "One sentence out of the reasons in the two directions"
     b,f = reasons.get('backward'),reasons.get('forward')
     return f"backward, it stops at {b}; forward, it stops at {f}"
@@ -148,7 +149,7 @@ def make_plan(t:Trace) -> FoldPlan:
                 steps.append((b.path, edits))
                 rows[b] = Row(b.path, True, how, list(dict.fromkeys(e.layer.path for e in edits)))
     for b in calls:
-        if b not in rows: rows[b] = Row(b.path, reason=b.reason or _unlist(open_[b]))
+        if b not in rows: rows[b] = Row(b.path, reason=b.reason or _in_words(open_[b]))
     ran = {c.module for c in t.calls}
     never = [Row(p, live=False, reason='it never ran on the example batch in eval mode') for p,m in t.model.named_modules()
              if isinstance(m, nn.modules.batchnorm._BatchNorm) and m not in ran]

@@ -53,7 +53,7 @@ def ops(*names):
     "The aten ops of these names, the in-place forms (`name_`) included, where this version of torch has them"
     return [getattr(torch.ops.aten, n+s) for n in names for s in ('','_') if hasattr(torch.ops.aten, n+s)]
 
-# %% ../nbs/02_rules.ipynb #7ee54302
+# %% ../nbs/02_rules.ipynb #bf4a7693
 def _parameter(t, n, arg, what):
     "Where the parameter behind the argument `arg` of `n` lives, or why it cannot be changed"
     at = t.where(n)
@@ -63,6 +63,7 @@ def _parameter(t, n, arg, what):
     if not places: raise Stop(f"{at}, whose {what} is not a parameter of the model")
     if len(places)>1: raise Stop(f"{at}, whose {what} is tied: it is also `{'`, `'.join('.'.join(filter(None, (q,k))) for q,_,k in places if q!=getattr(t.call(n),'path',None))}`")
     if len(t.readers(p))>1: raise Stop(f"{at}, whose {what} is used {len(t.readers(p))} times")
+    if places[0][2] not in places[0][1]._parameters: raise Stop(f"{at}, whose {what} is a buffer, not a parameter")
     if not p.is_floating_point(): raise Stop(f"{at}, whose {what} is {p.dtype}, not floating point")
     return places[0]
 

@@ -68,7 +68,7 @@ def _record_calls(paths, owner, calls):
     finally:
         for h in hooks: h.remove()
 
-# %% ../nbs/01_trace.ipynb #078547bc
+# %% ../nbs/01_trace.ipynb #fbc12ff4
 class Trace:
     "The dataflow of one run of `model` on the positional arguments `args`"
     def __init__(self, model:nn.Module, args:tuple):
@@ -119,6 +119,7 @@ class Trace:
         "`n` in words: the layer if it is one, else the op and the module whose `forward` calls it"
         if n.op=='placeholder': return "the model's input"
         if n.op=='output': return "the model's output"
+        if n.op=='get_attr': return "a constant or parameter"
         name,c = op_name(n), self.call(n)
         if c is None or c.path=='': return f"`{name}` in the model's own `forward`"
         return f"`{c.path}` ({type(c.module).__name__})" if self._n_ops[id(c)]==1 else f"`{name}` in `{c.path}` ({type(c.module).__name__})"

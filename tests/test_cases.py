@@ -26,7 +26,8 @@ cases = {
     'conv output also added': (lambda m,x: (lambda c: m.bn1(c)+c)(m.conv1(x)), ['also read by `add`']),
     'conv output also returned': (lambda m,x: (lambda c: (m.bn1(c),c))(m.conv1(x)), ["also read by the model's output"]),
     'BN output is all that is read': (lambda m,x: m.bn1(m.conv1(x)).relu_(), ['']),
-    'written to before the BN': (lambda m,x: m.bn1(m.conv1(x).add_(1)), ['`add`']),
+    'written to before the BN': (lambda m,x: m.bn1(m.conv1(x).sigmoid_()), ['`sigmoid`']),
+    'a number added in place before the BN': (lambda m,x: m.bn1(m.conv1(x).add_(1)), ['']),
     'written to after the BN': (lambda m,x: (lambda c: m.bn1(c).sum() + c.add_(1).sum())(m.conv1(x)), ['also read by `add`']),
     'weight read elsewhere': (lambda m,x: m.bn1(m.conv1(x)) + F.conv2d(x, m.conv1.weight), ['used 2 times']),
     'functional BN': (lambda m,x: F.batch_norm(m.conv1(x), m.bn1.running_mean, m.bn1.running_var), ['bare function call']),
@@ -67,6 +68,40 @@ def test_subclass_with_its_own_forward_is_kept():
     net = Net(lambda m,x: m.bn1(m.conv1(x))); net.bn1 = Loud(8); randomize_bn(net)
     row = BNFolder().plan(net, x).rows[0]
     assert not row.folded and 'Loud' in row.reason
+
+def test_a_forward_replaced_on_the_instance_is_kept():
+    net = Net(lambda m,x: m.bn1(m.conv1(x))); f = net.bn1.forward
+    net.bn1.forward = lambda x: f(x).exp()
+    row = BNFolder(verify=False).plan(net, x).rows[0]
+    assert not row.folded and 'replaced' in row.reason
+
+def test_a_weight_that_is_a_buffer_is_kept():
+    net = Net(lambda m,x: m.bn1(m.conv1(x))); w = net.conv1.weight.data
+    del net.conv1.weight; net.conv1.register_buffer('weight', w)
+    row = BNFolder().plan(net, x).rows[0]
+    assert not row.folded and 'buffer' in row.reason
+
+def test_weight_norm_is_kept():
+    net = Net(lambda m,x: m.bn1(m.conv1(x))); nn.utils.parametrizations.weight_norm(net.conv1)
+    row = BNFolder().plan(net, x).rows[0]
+    assert not row.folded and 'computed anew' in row.reason
+
+def test_a_value_that_leaves_pytorch_is_a_reader_too():
+    net = Net(lambda m,x: (lambda c: m.bn1(c)*float(c.detach().numpy().mean()))(m.conv1(x))); state = snapshot(net)
+    folder = BNFolder(); folder.fold(net, x, inplace=True)
+    assert 'also read by `detach`' in folder.report.rows[0].reason and same(net, state)
+
+def test_a_hook_on_the_bn_goes_on_working():
+    net = Net(lambda m,x: m.bn1(m.conv1(x)).relu()); seen = []
+    net.bn1.register_forward_hook(lambda m,i,o: seen.append(o.detach().clone()))
+    BNFolder().fold(net, x, inplace=True); net.eval()(x)
+    assert isinstance(net.bn1, nn.Identity) and torch.allclose(seen[0], seen[-1], atol=1e-4)
+
+def test_a_hook_that_changes_the_value_in_between():
+    net = Net(lambda m,x: m.bn1(m.conv1(x)).relu())
+    net.conv1.register_forward_hook(lambda m,i,o: o.sigmoid())
+    folder = BNFolder(); folded = folder.fold(net, x)
+    assert not folder.report.rows[0].folded and 'sigmoid' in folder.report.rows[0].reason
 
 def test_subclass_without_a_forward_of_its_own_folds():
     class Named(nn.BatchNorm2d): pass

@@ -123,6 +123,12 @@ def test_no_validation_set(dls):
     rep = learn.fold_bn(latency=0)
     assert rep.n_folded==3 and rep.metrics_before=={} and 'no validation set' in str(rep)
 
+def test_nothing_to_fold(dls):
+    learn = Learner(dls, nn.Sequential(nn.Conv2d(3,8,3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10)), metrics=accuracy)
+    rep = learn.fold_bn()
+    assert rep.n_bn==0 and 'no batch norm' in str(rep) and 'no batch norm' in rep._repr_html_() and rep.n_changed==0
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+
 def test_no_data(learn, tmp_path):
     learn.export('plain.pkl'); loaded = load_learner(tmp_path/'plain.pkl'); old = state(loaded.model)
     with pytest.raises(NoDataError, match='xb='): loaded.fold_bn()

@@ -12,7 +12,7 @@ bin_ = Path(sys.executable).parent
 def test_there_are_notebooks(): assert len(fast)>=9 and len(nbs)>len(fast)
 
 def copy(tmp_path):
-    for d in ('nbs','fastai_bnfold'): shutil.copytree(root/d, tmp_path/d, ignore=shutil.ignore_patterns('__pycache__','.ipynb_checkpoints'))
+    for d in ('nbs','fastai_bnfold','benchmarks'): shutil.copytree(root/d, tmp_path/d, ignore=shutil.ignore_patterns('__pycache__','.ipynb_checkpoints'))
     for f in ('pyproject.toml','settings.ini','setup.py','README.md'): shutil.copy(root/f, tmp_path/f)
     return tmp_path
 
@@ -36,9 +36,13 @@ def test_notebooks_are_committed_executed(p):
 
 @pytest.mark.parametrize('p', fast, ids=lambda p: p.name)
 def test_fast_notebooks_run(p, tmp_path):
-    shutil.copy(p, tmp_path/p.name)
-    out = subprocess.run([sys.executable, root/'nbs'/'run.py', tmp_path/p.name], capture_output=True, text=True, cwd=root)
+    new = copy(tmp_path)
+    out = subprocess.run([sys.executable, new/'nbs'/'run.py', new/'nbs'/p.name], capture_output=True, text=True, cwd=root)
     assert out.returncode==0, out.stderr[-3000:]
+
+def test_readme_is_in_sync(tmp_path):
+    subprocess.run([sys.executable, root/'nbs'/'readme.py', tmp_path], check=True)
+    assert (tmp_path/'README.md').read_text()==(root/'README.md').read_text()
 
 def test_one_home_of_the_version():
     cfg = configparser.ConfigParser(); cfg.read(root/'settings.ini')
@@ -50,7 +54,7 @@ def test_no_paths_of_one_machine():
     texts = [root/f for f in files if not f.endswith(('.png',)) and f not in ('.ci/run','tests/test_nbs.py')]
     for f in texts: assert not any(w in f.read_text() for w in ('/work/','/root/','../shared')), f
 
-def test_tabs_and_public_names():
+def test_public_names():
     import fastai_bnfold.all as a
     from fastai.learner import Learner
     assert all(hasattr(a, n) for n in a.__all__) and all(hasattr(Learner, n) for n in ('fold_bn','unfold_bn'))
