@@ -6,8 +6,8 @@
 __all__ = ['article', 'commands', 'DataError', 'digits_dls', 'find_images', 'get_dls', 'AutocastCPU', 'train', 'machine',
            'fold_and_measure', 'compare', 'plot_reports', 'reproduce', 'main']
 
-# %% ../nbs/08_experiments.ipynb #a1c8c72c
-import csv, inspect, json, os, platform, sys, tarfile, tempfile, warnings
+# %% ../nbs/08_experiments.ipynb #93f56d0b
+import atexit, csv, inspect, json, os, platform, shutil, sys, tarfile, tempfile, warnings
 warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated') # fastai's import; a user of the command can do nothing about it
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
@@ -16,7 +16,7 @@ import torchvision
 from .affine import *
 from .learner import *
 
-# %% ../nbs/08_experiments.ipynb #0ebe4f78
+# %% ../nbs/08_experiments.ipynb #ebb99d30
 class DataError(FoldError): "The data that was asked for is not there, or is not laid out as expected"
 
 def _digit(i):
@@ -50,7 +50,7 @@ def _image_folder(p, name):
 
 def find_images(
     data:str,            # 'imagenette', or a folder or .tar/.tgz with train/ and val/
-    unpack_to:Path=None  # Where to unpack an archive; a temporary folder if left out
+    unpack_to:Path=None  # Where to unpack an archive; a temporary folder, gone at exit, if left out
 ) -> Path:               # Folder with train/ and val/
     "Where the images are. 'imagenette' is what the environment variable IMAGENETTE names, else fastai's own download"
     name = os.environ.get('IMAGENETTE') or data if data=='imagenette' else data
@@ -59,7 +59,13 @@ def find_images(
     if not p.exists():
         if p.suffix or len(p.parts)>1: raise DataError(f"there is no file or folder '{name}'")
         raise DataError(f"unknown data '{name}': give digits, imagenette, or the path of a folder or .tar/.tgz with train/ and val/")
-    return _image_folder(p if p.is_dir() else _unpack(p, Path(unpack_to or tempfile.mkdtemp(prefix='bnfold'))), name)
+    return _image_folder(p if p.is_dir() else _unpack(p, Path(unpack_to or _temporary_folder())), name)
+
+def _temporary_folder():
+    "A folder that is gone when Python exits"
+    d = tempfile.mkdtemp(prefix='bnfold')
+    atexit.register(shutil.rmtree, d, ignore_errors=True)
+    return d
 
 def get_dls(
     data:str='digits',   # 'digits', 'imagenette', or a folder or .tar/.tgz with train/ and val/

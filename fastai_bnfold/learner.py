@@ -22,7 +22,7 @@ from .folder import *
 from .latency import *
 from .latency import median, ratio
 
-# %% ../nbs/06_learner.ipynb #35a8ed2d
+# %% ../nbs/06_learner.ipynb #1d3bbe96
 class _Classes(Callback):
     "Collect the predicted class of every validation item"
     name,order = 'gather_preds',99
@@ -49,7 +49,12 @@ def _validate(learn):
     cb = _Classes()
     with _recorder_kept(learn): rec = learn.validate(cbs=cb)
     names = ['valid_loss', *[m.name for m in learn.metrics]]
-    return dict(zip(names, [float(v) for v in rec or []])), cb.classes or None
+    return dict(zip(names, map(_number, rec or []))), cb.classes or None
+
+def _number(v):
+    "A metric's value as a float; as it is where it is none (an array, a text)"
+    try: return float(v)
+    except (TypeError, ValueError): return v
 
 def _changed(before, after) -> int:
     "How many items have another class (for a segmentation: any pixel of another class)"

@@ -27,10 +27,10 @@ class Row:
         "The row in words"
         return f"{self.how} into {', '.join(self.into)}" if self.folded else f"kept: {self.reason}"
 
-# %% ../nbs/03_report.ipynb #e362409c
+# %% ../nbs/03_report.ipynb #80b10c58
 def _num(x) -> str:
     "A number for a table"
-    return '' if x is None else x if isinstance(x, str) else f"{x:,}" if isinstance(x, int) else f"{x:.6g}"
+    return '' if x is None else f"{x:,}" if isinstance(x, int) else f"{x:.6g}" if isinstance(x, float) else str(x)
 
 def _text_table(head, rows) -> str:
     "Columns aligned, numbers to the right"
@@ -84,7 +84,7 @@ class FoldTable:
         import pandas as pd
         return pd.DataFrame([asdict(r) for r in self.rows], columns=list(Row.__dataclass_fields__))
 
-# %% ../nbs/03_report.ipynb #823f604b
+# %% ../nbs/03_report.ipynb #acec7609
 @dataclass(repr=False)
 class FoldReport(FoldTable):
     "What a fold did, and the evidence that it changed nothing else"
@@ -112,6 +112,7 @@ class FoldReport(FoldTable):
 
     def _difference(self, name, before, after):
         if name=='latency, 1 item': return f"{self.speedup:.2f}x faster" if self.speedup>=1 else f"{1/self.speedup:.2f}x slower"
+        if not isinstance(before, (int,float)): return ''
         if isinstance(before, int): return f"{after-before:+,}" if after!=before else '0'
         return '0' if after==before else f"{after-before:+.2g}"
 

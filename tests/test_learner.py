@@ -129,6 +129,14 @@ def test_nothing_to_fold(dls):
     assert rep.n_bn==0 and 'no batch norm' in str(rep) and 'no batch norm' in rep._repr_html_() and rep.n_changed==0
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
 
+def test_a_metric_that_is_no_number(dls):
+    "And a loss without classes, for which changed predictions cannot be counted"
+    from fastai.learner import AvgMetric
+    def shape(p, y): return torch.tensor([1.,2.])
+    learn = Learner(dls, net(), loss_func=lambda p,y: nn.functional.cross_entropy(p, y), metrics=AvgMetric(shape))
+    rep = learn.fold_bn(latency=0)
+    assert rep.n_folded==3 and rep.n_changed is None and 'shape' in str(rep) and 'shape' in rep._repr_html_()
+
 def test_no_data(learn, tmp_path):
     learn.export('plain.pkl'); loaded = load_learner(tmp_path/'plain.pkl'); old = state(loaded.model)
     with pytest.raises(NoDataError, match='xb='): loaded.fold_bn()
