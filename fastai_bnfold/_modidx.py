@@ -201,6 +201,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastai_bnfold.trace.as_args': ('trace.html#as_args', 'fastai_bnfold/trace.py'),
                                      'fastai_bnfold.trace.describe': ('trace.html#describe', 'fastai_bnfold/trace.py'),
                                      'fastai_bnfold.trace.evaluating': ('trace.html#evaluating', 'fastai_bnfold/trace.py'),
+                                     'fastai_bnfold.trace.fresh': ('trace.html#fresh', 'fastai_bnfold/trace.py'),
                                      'fastai_bnfold.trace.op_name': ('trace.html#op_name', 'fastai_bnfold/trace.py'),
                                      'fastai_bnfold.trace.op_of': ('trace.html#op_of', 'fastai_bnfold/trace.py'),
                                      'fastai_bnfold.trace.plain': ('trace.html#plain', 'fastai_bnfold/trace.py'),

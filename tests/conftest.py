@@ -1,7 +1,6 @@
 import os
 from pathlib import Path
 import pytest, torch
-from fastai_bnfold.trace import evaluating
 from fastai_bnfold.folder import randomize_bn, max_err
 
 os.environ.setdefault('MPLBACKEND', 'agg')
@@ -18,8 +17,8 @@ def imagenette():
 
 def outputs(model, *args):
     "Output tensors in eval mode"
-    from fastai_bnfold.trace import tensors_of
-    with evaluating(model): return tensors_of(model(*args))
+    from fastai_bnfold.trace import run
+    return run(model, args)
 
 def error64(folded, model, *args):
     "Error of `folded` against `model` computed in float64, relative to the largest output"

@@ -117,6 +117,12 @@ def test_several_inputs_and_structured_outputs():
     a,b = net.eval()(x, {'y':x+1}),folded.eval()(x, {'y':x+1})
     assert torch.allclose(a['a'], b['a'], atol=1e-5) and torch.allclose(a['b'][0], b['b'][0], atol=1e-5)
 
+def test_a_model_that_writes_into_its_input():
+    "Found by the property test; the batch stays as it was, too"
+    net = Net(lambda m,x: m.bn1(m.conv1(x)) + m.bn2(m.conv2(x.relu_()))); batch = x.clone()
+    folder = BNFolder(); folded = folder.fold(net, batch)
+    assert folder.report.n_folded==2 and torch.equal(batch, x) and error64(folded, net, x) < 1e-5
+
 # --- bad input -----------------------------------------------------------------------------------
 
 def same(m, state): # nothing lost: the very same tensors, and the same numbers in them
