@@ -60,7 +60,7 @@ def _changed(before, after) -> int:
     "How many items have another class (for a segmentation: any pixel of another class)"
     return sum(int((x!=y).reshape(len(x),-1).any(1).sum()) for x,y in zip(before, after))
 
-# %% ../nbs/06_learner.ipynb #9db460c2
+# %% ../nbs/06_learner.ipynb #1681ead7
 _folds = WeakKeyDictionary() # Learner → (its BNFolder, its optimizer)
 
 def _learner_batch(learn):
@@ -104,6 +104,7 @@ def fold_bn(self:Learner,
 
 def _latency(model, args, swaps, seconds):
     "Median seconds unfolded and folded, in turns, and the median ratio"
+    args = fresh(args)
     def timed(switch): return lambda: (switch(), model(*args))[1]
     cuda = any(t.is_cuda for t in model.parameters())
     with evaluating(model):
