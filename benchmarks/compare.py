@@ -5,7 +5,7 @@
 
 Random BN statistics; what is counted is the BN operations that run, functional ones included, not the BN modules that are left.
 """
-import copy, json, sys
+import copy, json
 from pathlib import Path
 import torch, torchvision
 from torch import nn
@@ -17,7 +17,8 @@ from fastai_bnfold.all import *
 from fastai_bnfold.folder import randomize_bn, max_err
 from fastai_bnfold.plan import bn_calls
 from fastai_bnfold.trace import Trace, run
-from fold import fasterai_folder, table
+from fastai_bnfold.report import text_table
+from fold import fasterai_folder
 
 class Reused(nn.Module):
     "One convolution, called twice; a BN on one path only"
@@ -82,4 +83,4 @@ def main(
     res = {k: one(models[k], ts) for k in progress_bar(list(models))}
     Path(out).write_text(json.dumps(dict(tools=list(ts), torch=torch.__version__, models=res), indent=1))
     def cell(c): return c.get('error') or f"{c['left']} left, {c['max_err']:.0e}" + (' WRONG' if c['wrong'] else '')
-    table(['model','BNs that run',*ts], [[k, r['live'], *[cell(r[t]) for t in ts]] for k,r in res.items()])
+    print(text_table(['model','BNs that run',*ts], [[k, r['live'], *[cell(r[t]) for t in ts]] for k,r in res.items()]))

@@ -1,12 +1,12 @@
 """Time to fold, and latency after folding, beside FasterAI's `BN_Folder`, `torch.fx` `fuse`, and the limit (BNs deleted).
 
-    python benchmarks/fold.py [--arch resnet50,vgg16_bn] [--seconds 20] [--out benchmarks/results/fold.json]
+    python benchmarks/fold.py [--arch resnet50,vgg16_bn] [--seconds 30] [--out benchmarks/results/fold.json]
 
 Interleaved runs, medians; ratios are medians over rounds. The networks are warmed up: the BN statistics are computed on random
 images, so that activations are of ordinary size (no subnormal numbers, which would fake a speed-up). `pip install --no-deps fasterai==0.4.1`
 adds FasterAI to the table; without it, it says so.
 """
-import copy, importlib.util, json, sys, time
+import copy, importlib.util, json
 from pathlib import Path
 import torch, torchvision
 from torch import nn
@@ -16,6 +16,7 @@ from fastai_bnfold.all import *
 from fastai_bnfold.experiments import machine
 from fastai_bnfold.latency import latency, median, ratio
 from fastai_bnfold.folder import max_err
+from fastai_bnfold.report import text_table
 
 def fasterai_folder():
     "FasterAI's `BN_Folder`, from its own file (the package's `__init__` imports much that is not needed here)"
@@ -44,10 +45,6 @@ def deleted(m):
             if isinstance(c, nn.BatchNorm2d): p._modules[k] = nn.Identity()
             if isinstance(c, nn.Conv2d) and c.bias is None: c.bias = nn.Parameter(torch.zeros(c.out_channels))
     return m
-
-def table(head, rows):
-    w = [max(len(str(r[i])) for r in [head,*rows]) for i in range(len(head))]
-    for r in [head,*rows]: print('  '.join(str(c).ljust(x) for c,x in zip(r, w)))
 
 def bench(arch, seconds):
     m,x = warmed_up(arch),torch.randn(1,3,224,224)
@@ -82,8 +79,8 @@ def main(
     f = lambda v, p: '' if v is None else format(v, p)
     for a,r in res.items():
         print(f"\n{a}: one 224x224 image, {r['rounds_latency']} interleaved rounds (folding: {r['rounds_fold']})")
-        table(['', 'time to fold, s', 'in forward passes', 'max_err', 'BNs left', 'latency, ms', 'over the limit', 'speed-up'],
+        print(text_table(['', 'time to fold, s', 'in forward passes', 'max_err', 'BNs left', 'latency, ms', 'over the limit', 'speed-up'],
               [[k, f(v.get('fold_seconds'),'.2f'), f(v.get('fold_in_forwards'),'.1f'), f(v.get('max_err'),'.1e'), f(v.get('bn_left'),'d'),
-                f(v.get('latency_ms'),'.2f'), f(v.get('over_limit'),'.3f'), f(v.get('speedup'),'.3f')] for k,v in r['rows'].items()])
+                f(v.get('latency_ms'),'.2f'), f(v.get('over_limit'),'.3f'), f(v.get('speedup'),'.3f')] for k,v in r['rows'].items()]))
         for k in r['missing']: print(f'{k}: not installed')
     print(f'\nAll figures: {out}')

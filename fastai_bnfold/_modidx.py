@@ -150,7 +150,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fastai_bnfold.report.Row.fate': ('report.html#row.fate', 'fastai_bnfold/report.py'),
                                       'fastai_bnfold.report._html_table': ('report.html#_html_table', 'fastai_bnfold/report.py'),
                                       'fastai_bnfold.report._num': ('report.html#_num', 'fastai_bnfold/report.py'),
-                                      'fastai_bnfold.report._text_table': ('report.html#_text_table', 'fastai_bnfold/report.py')},
+                                      'fastai_bnfold.report.text_table': ('report.html#text_table', 'fastai_bnfold/report.py')},
             'fastai_bnfold.rules': { 'fastai_bnfold.rules.Absorb': ('rules.html#absorb', 'fastai_bnfold/rules.py'),
                                      'fastai_bnfold.rules.Layer': ('rules.html#layer', 'fastai_bnfold/rules.py'),
                                      'fastai_bnfold.rules.Stop': ('rules.html#stop', 'fastai_bnfold/rules.py'),

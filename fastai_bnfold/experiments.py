@@ -6,7 +6,7 @@
 __all__ = ['article', 'commands', 'DataError', 'digits_dls', 'find_images', 'get_dls', 'AutocastCPU', 'train', 'machine',
            'fold_and_measure', 'compare', 'plot_reports', 'reproduce', 'main']
 
-# %% ../nbs/08_experiments.ipynb #93f56d0b
+# %% ../nbs/08_experiments.ipynb #53338107
 import atexit, csv, inspect, json, os, platform, shutil, sys, tarfile, tempfile, warnings
 warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated') # fastai's import; a user of the command can do nothing about it
 from fastai.vision.all import *
@@ -14,6 +14,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastcore.script import call_parse, anno_parser
 import torchvision
 from .affine import *
+from .report import text_table
 from .learner import *
 
 # %% ../nbs/08_experiments.ipynb #ebb99d30
@@ -116,7 +117,7 @@ def train(
     learn.model.to(memory_format=torch.channels_last)
     return learn, list(csv.DictReader(f.with_suffix('.csv').read_text().splitlines()))
 
-# %% ../nbs/08_experiments.ipynb #278c25dc
+# %% ../nbs/08_experiments.ipynb #e1881e12
 article = {'vgg16_bn': 8448, 'resnet50': 26560} # Parameters that folding removes, in Hubens, "Speed-up inference with Batch Normalization Folding"
 
 def machine() -> dict:
@@ -142,7 +143,6 @@ def compare(
     reps:dict  # Network → FoldReport
 ) -> str:      # A table as text
     "The article's claims beside what was measured"
-    from fastai_bnfold.report import _text_table
     rows = []
     for k,r in reps.items():
         art = k in article
@@ -151,7 +151,7 @@ def compare(
                  *[['', f'{m}, after - before', 'unchanged' if art else '', f'{r.metrics_after[m]-v:+.1e} ({v:.6f})'] for m,v in r.metrics_before.items()],
                  ['', 'predictions changed', '', f'{r.n_changed:,} of {r.n_items:,}'],
                  ['', 'one image', 'faster' if art else '', f'{r.latency_before*1e3:.1f} -> {r.latency_after*1e3:.1f} ms ({r.speedup:.2f}x)']]
-    return _text_table(['network','','article','measured'], rows)
+    return text_table(['network','','article','measured'], rows)
 
 def plot_reports(
     reps:dict # Network → FoldReport

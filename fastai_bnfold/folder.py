@@ -16,7 +16,7 @@ from .rules import *
 from .report import *
 from .plan import *
 
-# %% ../nbs/05_folder.ipynb #8928aec0
+# %% ../nbs/05_folder.ipynb #851c5e71
 class Swaps:
     "References of a model that can be put in place and taken back, any number of times"
     def __init__(self): self.old,self.new = [],[]  # (table, key, value), for the model's `_parameters` and `_modules` tables
@@ -40,9 +40,9 @@ def _folded_layer(m, edits):
     weight,bias = m._parameters[l.weight],m._parameters[l.bias]
     w,b = (None if p is None else p.detach().cpu().double() for p in (weight, bias))
     for e in edits: w,b = (absorb_out if e.side=='out' else absorb_in)(e.map, w, b, l.groups, l.transposed)
-    w = _new_parameter(w, weight)
-    if not torch.isfinite(w).all(): raise FoldError(f"Folding into `{l.path}` overflows {weight.dtype}: the scale of a batch norm is too large for this dtype. Fold in float32 and convert the folded model.")
-    return w, nn.Parameter(stored(b, weight), requires_grad=weight.requires_grad) if bias is None else _new_parameter(b, bias)
+    w,b = _new_parameter(w, weight),_new_parameter(b, weight if bias is None else bias)
+    if not all(torch.isfinite(p).all() for p in (w, b)): raise FoldError(f"Folding into `{l.path}` overflows {weight.dtype}: the scale of a batch norm is too large for this dtype. Fold in float32 and convert the folded model.")
+    return w,b
 
 def _identity_for(bn):
     "The `nn.Identity` that takes the place of `bn`: same flag, same hooks"
@@ -102,7 +102,7 @@ def tolerance(outputs:list, n_folded:int) -> float:
     eps = max([torch.finfo(o.dtype).eps for o in outputs if o.is_floating_point()], default=torch.finfo(torch.float32).eps)
     return 64*eps*(n_folded+1)**.5
 
-# %% ../nbs/05_folder.ipynb #36cf4fd6
+# %% ../nbs/05_folder.ipynb #085b7777
 def _n(ts): return sum(t.numel() for t in ts)
 
 class BNFolder:
@@ -128,12 +128,13 @@ class BNFolder:
         args = self._args(model, xb)
         plan,before = self._plan(model, args)
         buffers = _n(model.buffers())
-        other = run(model, perturbed(args)) if self.verify and plan.steps else None
+        verify = self.verify and plan.steps
+        batches = [(args, before), *((x, run(model, x)) for x in [perturbed(args)] if verify)]
         if not inplace: model = self._copy(model)
         swaps,err = swaps_for(model, plan.steps),None
         try:
             swaps.redo()
-            if self.verify and plan.steps: err = self._verify(model, swaps, plan, args, before, other)
+            if verify: err = self._verify(model, swaps, plan, batches)
         except BaseException: swaps.undo(); raise
         self._swaps = swaps
         self.report = FoldReport(plan.rows, plan.params_before, _n(model.parameters()), buffers, _n(model.buffers()), err)
@@ -162,12 +163,12 @@ class BNFolder:
         try: return copy.deepcopy(model)
         except Exception as e: raise FoldError(f"This model cannot be copied ({type(e).__name__}: {e}). Fold it in place: `fold(model, xb, inplace=True)`") from e
 
-    def _verify(self, model, swaps, plan, args, before, other):
-        "The largest error on both batches; too large, and it finds the BN and raises"
+    def _verify(self, model, swaps, plan, batches):
+        "The largest error on the batches, pairs of inputs and the outputs before; too large, and it finds the BN and raises"
         def errors():
-            try: return max(max_err(before, run(model, args)), max_err(other, run(model, perturbed(args))))
+            try: return max(max_err(before, run(model, args)) for args,before in batches)
             except TraceError: return float('inf')
-        err,tol = errors(),tolerance(before, len(plan.steps))
+        err,tol = errors(),tolerance(batches[0][1], len(plan.steps))
         if err<=tol: return err
         swaps.undo()
         lo,hi = 0,len(plan.steps) # the first `lo` steps are right, the first `hi` are not

@@ -9,12 +9,11 @@ __all__ = ['backward_rules', 'forward_rules', 'Stop', 'Layer', 'Absorb', 'backwa
            'average_backward', 'average_forward', 'mean_forward', 'mean_backward', 'maximum_backward',
            'maximum_forward', 'sum_backward', 'scale_backward']
 
-# %% ../nbs/02_rules.ipynb #7f598033
+# %% ../nbs/02_rules.ipynb #3db41767
 import torch
 from dataclasses import dataclass
 from torch import nn, Tensor
 from torch.fx import Node
-from operator import getitem
 from .affine import *
 from .trace import *
 

@@ -6,8 +6,8 @@
 __all__ = ['evaluating', 'plain', 'fresh', 'as_args', 'tensors_of', 'Call', 'Trace', 'op_of', 'op_name', 'arguments', 'describe',
            'run']
 
-# %% ../nbs/01_trace.ipynb #5085f835
-import torch, warnings
+# %% ../nbs/01_trace.ipynb #9d3606cd
+import torch
 from contextlib import contextmanager
 from dataclasses import dataclass
 from torch import nn, Tensor
@@ -45,13 +45,12 @@ def tensors_of(out) -> list:
     res = [o.as_subclass(Tensor) if isinstance(o, Tensor) and type(o) is not Tensor else o for o in tree_flatten(out)[0]]
     return [t for o in res for t in ([o] if isinstance(o, Tensor) else tensors_of(o) if hasattr(o, '__dict__') else [])]
 
-# %% ../nbs/01_trace.ipynb #f292500b
+# %% ../nbs/01_trace.ipynb #63f13292
 @dataclass(eq=False)
 class Call:
     "One call of a module during the trace"
     path:str         # Dotted path in the model, '' for the model itself
     module:nn.Module # The module that was called
-    parent:object    # The `Call` it happened in, or None
 
 @contextmanager
 def _record_calls(paths, owner, calls):
@@ -60,7 +59,7 @@ def _record_calls(paths, owner, calls):
     def tail(): return next(iter(reversed(get_proxy_mode().tracer.graph.nodes)), None)
     def enter(m, _):
         if get_proxy_mode() is not None and m in paths:
-            stack.append((Call(paths[m], m, stack[-1][0] if stack else None), tail()))
+            stack.append((Call(paths[m], m), tail()))
             calls.append(stack[-1][0])
     def leave(m, *_):
         if not (stack and stack[-1][0].module is m): return

@@ -1,7 +1,8 @@
-import os
+import copy, os
 from pathlib import Path
 import pytest, torch
-from fastai_bnfold.folder import randomize_bn, max_err
+from fastai_bnfold.folder import max_err
+from fastai_bnfold.trace import run
 
 os.environ.setdefault('MPLBACKEND', 'agg')
 
@@ -15,14 +16,8 @@ def imagenette():
     if not p or not Path(p).exists(): pytest.skip('IMAGENETTE does not name a folder or archive')
     return p
 
-def outputs(model, *args):
-    "Output tensors in eval mode"
-    from fastai_bnfold.trace import run
-    return run(model, args)
-
 def error64(folded, model, *args):
     "Error of `folded` against `model` computed in float64, relative to the largest output"
-    import copy
     to64 = lambda o: o.double() if torch.is_tensor(o) and o.is_floating_point() else o
-    ref = outputs(copy.deepcopy(model).double(), *map(to64, args))
-    return max_err(ref, outputs(folded, *args))
+    ref = run(copy.deepcopy(model).double(), tuple(map(to64, args)))
+    return max_err(ref, run(folded, args))
