@@ -9,23 +9,27 @@ __all__ = ['Row', 'text_table', 'FoldTable', 'FoldReport']
 from dataclasses import dataclass, field, asdict
 from html import escape
 
-# %% ../nbs/03_report.ipynb #28761181
+# %% ../nbs/03_report.ipynb #37be3837
 @dataclass
 class Row:
     "What becomes of one call of a batch norm"
     bn:str                               # Module path of the BN
     folded:bool=False                    # Is it gone?
-    how:str=''                           # 'backward' or 'forward', '' if it stays
+    how:str=''                           # 'backward', 'forward' or 'split' (a part each way), '' if it stays
     into:list=field(default_factory=list)# Module paths of the layers that absorbed it
+    acts:list=field(default_factory=list)# Module paths of the activations that became a `Clamp` with bounds per channel
     reason:str=''                        # For a kept one: why
+    possible:bool=False                  # For a kept one: could it be folded, at a cost?
     live:bool=True                       # Did it run, on the example batch, in eval mode?
+    is_bn:bool=True                      # False for another constant per-channel map, such as a LayerScale
 
     @property
     def fate(self) -> str:
         "The row in words"
-        return f"{self.how} into {', '.join(self.into)}" if self.folded else f"kept: {self.reason}"
+        if not self.folded: return f"kept: {self.reason}"
+        return f"{self.how} into {', '.join(self.into) or 'nothing: nobody reads it'}" + (f"; {', '.join(self.acts)} clamps per channel" if self.acts else '')
 
-# %% ../nbs/03_report.ipynb #733bf3cb
+# %% ../nbs/03_report.ipynb #af2629a5
 def _num(x) -> str:
     "A number for a table"
     return '' if x is None else f"{x:,}" if isinstance(x, int) else f"{x:.6g}" if isinstance(x, float) else str(x)
@@ -51,9 +55,13 @@ class FoldTable:
     _head = ['batch norm', 'where it went, or why it stays']
 
     @property
-    def n_bn(self) -> int: return len(self.rows)
+    def n_bn(self) -> int: return sum(r.is_bn for r in self.rows)
     @property
-    def n_folded(self) -> int: return sum(r.folded for r in self.rows)
+    def n_folded(self) -> int: return sum(r.folded and r.is_bn for r in self.rows)
+    @property
+    def n_possible(self) -> int:
+        "How many could be folded, those included that are kept because it would not pay"
+        return self.n_folded + sum(r.possible for r in self.rows)
     @property
     def kept(self) -> list:
         "The rows of the BNs that stay"
@@ -62,7 +70,8 @@ class FoldTable:
     def _title(self) -> str:
         "The first line"
         if not self.rows: return 'The model has no batch norm: nothing to fold.'
-        return f"{self.n_folded} of {self.n_bn} batch norms {self.verb}"
+        other = sum(not r.is_bn for r in self.rows)
+        return f"{self.n_folded} of {self.n_bn} batch norms {self.verb}" + (f", and {other} other per-channel constants" if other else '')
     def _figures(self): return [], []
     def _rows(self): return [[r.bn, r.fate] for r in self.kept + [r for r in self.rows if r.folded]]
 
