@@ -30,9 +30,10 @@ def fasterai_folder():
 def warmed_up(arch):
     "A network whose BN statistics are those of its own activations"
     torch.manual_seed(0)
-    m = torchvision.models.get_model(arch, weights=None, num_classes=10).train()
+    try: m = torchvision.models.get_model(arch, weights=None, num_classes=10).train()
+    except ValueError: import timm; m = timm.create_model(arch, num_classes=10).train()
     for b in m.modules():
-        if isinstance(b, nn.BatchNorm2d): b.momentum = None
+        if isinstance(b, nn.BatchNorm2d): b.momentum = None # cumulative
     with torch.no_grad():
         for _ in range(3): m(torch.randn(8,3,64,64))
     return m.eval()
@@ -42,7 +43,7 @@ def deleted(m):
     m = copy.deepcopy(m)
     for p in list(m.modules()):
         for k,c in p._modules.items():
-            if isinstance(c, nn.BatchNorm2d): p._modules[k] = nn.Identity()
+            if isinstance(c, nn.BatchNorm2d): p._modules[k] = nn.Sequential(*c.children()) if len(c._modules) else nn.Identity() # (timm's ends with an activation)
             if isinstance(c, nn.Conv2d) and c.bias is None: c.bias = nn.Parameter(torch.zeros(c.out_channels))
     return m
 

@@ -248,7 +248,7 @@ class BNFolder:
         raise VerificationError(f"Folding `{plan.steps[hi-1].path}` changed the model's outputs by {err:.1e} of their magnitude (at most {tol:.1e} is rounding). "
             "Nothing was folded. The module's `forward` probably does something that depends on its parameters beside the traced operations.")
 
-# %% ../nbs/05_folder.ipynb #a615ee5d
+# %% ../nbs/05_folder.ipynb #9097e445
 def randomize_bn(
     model:nn.Module, # Changed in place
     seed:int=0       # Of a generator of its own
@@ -256,11 +256,11 @@ def randomize_bn(
     "Draw statistics and parameters for every BN, negative, zero and tiny γ included: fresh ones (γ=1, μ=0) hide mistakes"
     gen = torch.Generator().manual_seed(seed)
     for m in model.modules():
-        if not isinstance(m, nn.modules.batchnorm._BatchNorm): continue
+        if not hasattr(m, 'running_var'): continue
         def rand(like, f): like.data.copy_(f(torch.randn(like.shape, generator=gen, dtype=torch.float64)))
         if m.running_mean is not None:
             rand(m.running_mean, lambda r: .3*r); rand(m.running_var, lambda r: (.3*r).exp())
-        if m.affine:
+        if m.weight is not None:
             rand(m.weight, lambda r: 1+.3*r); rand(m.bias, lambda r: .3*r)
             for i,g in enumerate((-.7, 0., 1e-6)):
                 if len(m.weight)>4*(i+1): m.weight.data[4*i] = g

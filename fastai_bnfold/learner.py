@@ -60,7 +60,7 @@ def _changed(before, after) -> int:
     "How many items have another class (for a segmentation: any pixel of another class)"
     return sum(int((x!=y).reshape(len(x),-1).any(1).sum()) for x,y in zip(before, after))
 
-# %% ../nbs/06_learner.ipynb #1681ead7
+# %% ../nbs/06_learner.ipynb #b94ee157
 _folds = WeakKeyDictionary() # Learner → (its BNFolder, its optimizer)
 
 def _learner_batch(learn):
@@ -82,12 +82,13 @@ def fold_bn(self:Learner,
     xb=None,              # Batch to trace with: a tensor or a tuple of the model's inputs; two items of the `DataLoaders` if left out
     validate:bool=True,   # Validate before and after?
     latency:float=3.,     # Seconds to spend on measuring the latency of a single item; 0 turns it off
-    verify:bool=True      # Compare the outputs before and after? (See `BNFolder`)
+    verify:bool=True,     # Compare the outputs before and after? (See `BNFolder`)
+    costly:bool=False     # Fold, too, where it does not pay? (See `BNFolder`)
 ) -> FoldReport:          # A table in a notebook
     "Fold the batch norms of the model in place, and show that nothing changed; `unfold_bn` undoes it"
     if getattr(self.model, 'bn_folded', False): raise FoldedError("This Learner is folded already. `learn.unfold_bn()` brings the trainable model back.")
     args = _learner_batch(self) if xb is None else as_args(xb)
-    folder = BNFolder(verify)
+    folder = BNFolder(verify, costly)
     folder.fold(self.model, args, inplace=True)
     rep,swaps = folder.report,folder._swaps
     if validate and not _has_valid(self): validate = False; rep.notes.append('The Learner has no validation set: the metrics could not be compared.')

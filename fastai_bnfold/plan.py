@@ -16,7 +16,7 @@ from .rules import *
 from .rules import backward_rules, forward_rules
 from .report import *
 
-# %% ../nbs/04_plan.ipynb #b87de42d
+# %% ../nbs/04_plan.ipynb #7879e97b
 @dataclass(eq=False)
 class BNCall:
     "One run of a batch norm, or of another module that is a constant affine map"
@@ -59,7 +59,7 @@ def _step(t, n, value, path):
             if not any(isinstance(x, Node) and not t.is_const(x) for x in terms):
                 k = sum(d*constant(t, x, len(t.shape(n))) for x,d in terms.items())
                 return Affine(torch.full_like(k, float(c)), k)
-    raise Stop(f"its class {type(t.call(n).module).__name__} has a `forward` of its own, in which `{op_name(n)}` is applied")
+    raise Stop(f"its `forward` (of {type(t.call(n).module).__name__}) does more than to normalize: it applies `{op_name(n)}`")
 
 def _within(t, c):
     "The ops of a call and of all calls inside it"
@@ -68,7 +68,7 @@ def _within(t, c):
 def _then_children(t, c, value):
     "The names of the submodules that the call `c` applies to `value`, one after the other, and what comes out; `Stop` if it does anything else"
     names,own = [],{id(m):k for k,m in reversed(c.module._modules.items())}
-    more = Stop(f"its class {type(c.module).__name__} has a `forward` of its own, which does more than to normalize and then call its submodules")
+    more = Stop(f"its `forward` (of {type(c.module).__name__}) does more than to normalize and then to call its submodules, one after the other")
     for k in t.children(c):
         ops = dict.fromkeys(_within(t, k))
         if id(k.module) in own: names.append(own[id(k.module)])
@@ -87,7 +87,7 @@ def _own_map(t, c, b):
         ops = t.ops_of(c)
         b.source = value = next(i for i in ops[0].all_input_nodes if not t.is_const(i))
         for n in ops:
-            if [u for u in t.users(value) if u in ops]!=[n]: raise Stop(f"its class {type(c.module).__name__} has a `forward` of its own, which reads a value twice")
+            if [u for u in t.users(value) if u in ops]!=[n]: raise Stop(f"its `forward` (of {type(c.module).__name__}) does more than to normalize: it reads a value twice")
             a = _step(t, n, value, c.path)
             b.map,value = (a if b.map is None else b.map.then(a)),n
         b.chain,b.children = ops,_then_children(t, c, value)
@@ -116,7 +116,7 @@ def bn_calls(t:Trace) -> list:
     "The calls of batch norms in a trace"
     return [b for b in affine_calls(t) if b.is_bn]
 
-# %% ../nbs/04_plan.ipynb #496d3b60
+# %% ../nbs/04_plan.ipynb #7cba4b6c
 class Search:
     "Find the edits that fold a BN into a trace in which others are folded already"
     def __init__(self, t:Trace): self.t,self.at = t,{n:i for i,n in enumerate(t.nodes)}
@@ -187,13 +187,22 @@ class Search:
         names = list(dict.fromkeys(self.t.where(n) for n in nodes))
         return ', '.join(names[:2]) + (f' and {len(names)-2} others' if len(names)>2 else '')
 
-    def fold(self, b:BNCall, before:Affine, after:Affine) -> tuple:
-        "The edits that fold the BN `b`, whose map is first `before` and then `after`: the one goes backward, the other forward. `Stop` if there are none"
+    def residual(self, b:BNCall) -> tuple:
+        "If the BN's output is added to its own input: that sum, and the map on the sum that makes up for the BN; else `(None, None)`"
+        t,n,a = self.t,b.chain[-1],b.map
+        while len(u := t.users(n))==1 and u[0].op=='call_function' and is_identity(t, u[0]): n = u[0]
+        if len(u)!=1 or op_of(u[0]) not in ops('add','sub','rsub') or len(u[0].all_input_nodes)!=2: return None,None
+        (x,c),(y,d) = sorted(summands(t, u[0]).items(), key=lambda o: o[0] is not n)
+        if origin(t, y) is not origin(t, b.source) or c+d==0 or not t.users(u[0]): return None,None
+        return u[0], Affine((c*a.scale+d)/(c+d), c*a.shift)
+
+    def fold(self, b:BNCall, before:Affine, after:Affine, at:Node=None) -> tuple:
+        "The edits that fold the BN `b`, whose map, where it stands (or on the value `at`), is first `before` and then `after`: the one goes backward, the other forward. `Stop` if there are none"
         bounds,gone = self.t.bounds,self.t.gone
         self.t.bounds,self.t.gone = dict(bounds),gone | self._links(b)
         try:
-            edits = self.forward({b.chain[-1]: after}) if not after.is_identity else ()
-            if not before.is_identity: edits += self.backward({b.source: {b.chain[0]: before}})
+            edits = self.forward({at or b.chain[-1]: after}) if not after.is_identity else ()
+            if not before.is_identity: edits += self.backward({at: dict.fromkeys(self.t.users(at), before)} if at else {b.source: {b.chain[0]: before}})
             self._check_memory(b, {e.node for e in edits if isinstance(e, Rebound)})
         finally: self.t.bounds,self.t.gone = bounds,gone
         for e in edits:
@@ -246,7 +255,7 @@ ways = { # how: the pairs (before, after) to try
     'split': splits,
 }
 
-# %% ../nbs/04_plan.ipynb #416c5e6e
+# %% ../nbs/04_plan.ipynb #74ff54ee
 @dataclass
 class Step:
     "How one BN goes"
@@ -273,12 +282,13 @@ def _level(edits, calls):
 def _best(search, b, hows, level, calls, why):
     "The cheapest way to fold `b` that this level allows: `(how, edits)` or None; `why` gets the reasons"
     best = None
-    for how in hows:
-        for before,after in ways[how](b.map):
-            try: edits = search.fold(b, before, after)
-            except Stop as e: why.setdefault(how, str(e)); continue
-            if _level(edits, calls)<=level and (best is None or _extra(edits)<_extra(best[1])): best = how,edits
-            if best and _extra(best[1])<=0: return best
+    for at,a in ((None, b.map), search.residual(b)):
+        for how in hows if a else ():
+            for before,after in ways[how](a):
+                try: edits = search.fold(b, before, after, at)
+                except Stop as e: why.setdefault(how, str(e)); continue
+                if _level(edits, calls)<=level and (best is None or _extra(edits)<_extra(best[1])): best = how,edits
+                if best and _extra(best[1])<=0: return best
     return best
 
 def _in_words(why):

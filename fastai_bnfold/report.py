@@ -29,7 +29,7 @@ class Row:
         if not self.folded: return f"kept: {self.reason}"
         return f"{self.how} into {', '.join(self.into) or 'nothing: nobody reads it'}" + (f"; {', '.join(self.acts)} clamps per channel" if self.acts else '')
 
-# %% ../nbs/03_report.ipynb #af2629a5
+# %% ../nbs/03_report.ipynb #87331c3a
 def _num(x) -> str:
     "A number for a table"
     return '' if x is None else f"{x:,}" if isinstance(x, int) else f"{x:.6g}" if isinstance(x, float) else str(x)
@@ -70,8 +70,9 @@ class FoldTable:
     def _title(self) -> str:
         "The first line"
         if not self.rows: return 'The model has no batch norm: nothing to fold.'
-        other = sum(not r.is_bn for r in self.rows)
-        return f"{self.n_folded} of {self.n_bn} batch norms {self.verb}" + (f", and {other} other per-channel constants" if other else '')
+        other,more = sum(not r.is_bn for r in self.rows),self.n_possible-self.n_folded
+        return f"{self.n_folded} of {self.n_bn} batch norms {self.verb}" + (f", and {other} other per-channel constants" if other else '') + \
+            (f" ({more} more are possible, but would not pay: `costly=True`)" if more else '')
     def _figures(self): return [], []
     def _rows(self): return [[r.bn, r.fate] for r in self.kept + [r for r in self.rows if r.folded]]
 

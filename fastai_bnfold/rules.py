@@ -10,7 +10,7 @@ __all__ = ['backward_rules', 'forward_rules', 'bn_ops', 'Stop', 'OneOf', 'backwa
            'movement_backward', 'item_backward', 'cat_forward', 'cat_backward', 'average_backward', 'average_forward',
            'maximum_backward', 'maximum_forward', 'reduction_forward', 'reduction_backward', 'constant', 'summands',
            'sum_backward', 'sum_forward', 'factor', 'product_backward', 'product_forward', 'Rebound', 'bounds',
-           'clamp_backward', 'clamp_forward', 'homogeneous_backward', 'homogeneous_forward', 'sibling']
+           'clamp_backward', 'clamp_forward', 'homogeneous_backward', 'homogeneous_forward', 'origin', 'sibling']
 
 # %% ../nbs/02_rules.ipynb #c5f9658a
 import operator, torch
@@ -529,8 +529,8 @@ def homogeneous_forward(t, n, a, src):
     _check_homogeneous(t, n, a)
     return [(n, a)]
 
-# %% ../nbs/02_rules.ipynb #9de4ee42
-def _origin(t, n):
+# %% ../nbs/02_rules.ipynb #86570ccb
+def origin(t, n):
     "The value that `n` hands on: back through identities, and BNs that are gone"
     while n in t.gone or n.op=='call_function' and is_identity(t, n): n = t.gone.get(n) or n.args[0]
     return n
@@ -538,7 +538,7 @@ def _origin(t, n):
 def _flat_sum(t, n, sign=1, sums=()):
     "The summands of the sum that ends in `n`, nested ones taken apart: `(node, sign, the sum that reads it)`"
     for x,c in summands(t, n).items():
-        o = _origin(t, x) if isinstance(x, Node) else x
+        o = origin(t, x) if isinstance(x, Node) else x
         if abs(c)==1 and isinstance(o, Node) and op_of(o) in _sums and len(t.users(o))==1: yield from _flat_sum(t, o, sign*c)
         elif abs(c)==1 and isinstance(o, Node): yield o, sign*c, n
 
@@ -555,17 +555,17 @@ def _centred(t, n):
 
 def sibling(t:Trace, value:Node, a:Affine, reader:Node) -> list:
     "The edit by which a layer beside it takes in the map on the way from `value` to `reader`; an empty list if there is none"
-    n,src = reader,_origin(t, value)
+    n,src = reader,origin(t, value)
     while n in t.gone or n.op=='call_function' and op_of(n) in _identity and is_identity(t, n):
         if len(t.users(n))!=1: return []
         value,n = n,t.users(n)[0]
     if op_of(n) not in _sums: return []
     top = n
     while len(u := t.users(top))==1 and (op_of(u[0]) in _sums or u[0] in t.gone or u[0].op=='call_function' and is_identity(t, u[0])): top = u[0]
-    terms = list(_flat_sum(t, _origin(t, top)))
+    terms = list(_flat_sum(t, origin(t, top)))
     mine = [c for o,c,at in terms if o is src and at is n]
     for o,c,_ in terms:
-        if o.op!='call_function' or op_of(o) not in [*_convs, *ops('linear')] or _origin(t, o.args[0]) is not src or len(t.users(o))!=1 or len(mine)!=1: continue
+        if o.op!='call_function' or op_of(o) not in [*_convs, *ops('linear')] or origin(t, o.args[0]) is not src or len(t.users(o))!=1 or len(mine)!=1: continue
         if t.shape(o)!=t.shape(src) or not _centred(t, o): continue
         try: layer,b = (_conv_layer(t, o, a)[0], per_channel(t, o, a, 1-len(t.shape(o.args[1])))) if op_of(o) in _convs else (_linear_args(t, o, a)[1], per_channel(t, o, a, -1))
         except Stop: continue
