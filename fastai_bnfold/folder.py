@@ -154,7 +154,7 @@ def tolerance(outputs:list, n_folded:int) -> float:
     eps = max([torch.finfo(o.dtype).eps for o in outputs if o.is_floating_point()], default=torch.finfo(torch.float32).eps)
     return 64*eps*(n_folded+1)**.5
 
-# %% ../nbs/05_folder.ipynb #8622a79e
+# %% ../nbs/05_folder.ipynb #53df727f
 def _n(ts): return sum(t.numel() for t in ts)
 
 class BNFolder:
@@ -212,9 +212,10 @@ class BNFolder:
         if not isinstance(model, nn.Module): raise FoldError(f"Expected an `nn.Module` (for a `Learner` call `learn.fold_bn()`), got {type(model).__name__}")
         run_before = run(model, args)
         with baked(model):
-            t = Trace(model, args)
-            if (err := max_err(run_before, t.outputs)) > tolerance(run_before, len(t.nodes)):
-                raise TraceError(f"Two runs of the model on the same batch differ (by {err:.1e}): it is not deterministic in eval mode, so no fold of it could be verified")
+            for inplace in (False, True): # (see `out_of_place`)
+                t = Trace(model, args, inplace)
+                if (err := max_err(run_before, t.outputs)) <= tolerance(run_before, len(t.nodes)): break
+            else: raise TraceError(f"Two runs of the model on the same batch differ (by {err:.1e}): it is not deterministic in eval mode, so no fold of it could be verified")
             plan = make_plan(t, self.costly)
         plan.params_before,plan.notes = _n(model.parameters()),self._notes(model, plan.steps)
         return plan, run_before

@@ -16,7 +16,7 @@ from .rules import *
 from .rules import backward_rules, forward_rules
 from .report import *
 
-# %% ../nbs/04_plan.ipynb #7879e97b
+# %% ../nbs/04_plan.ipynb #48bf79f1
 @dataclass(eq=False)
 class BNCall:
     "One run of a batch norm, or of another module that is a constant affine map"
@@ -52,7 +52,7 @@ def _bn_map(t, n, path):
 def _step(t, n, value, path):
     "The map by which `n` makes its value from `value`"
     if op_of(n) in bn_ops: return _bn_map(t, n, path)
-    if not (writes(n) and len(t.users(value))>1):
+    if not (t.writes(n) and len(t.users(value))>1):
         if op_of(n) in ops('mul','div') and (c := factor(t, n))[0] is value: return Affine(c[1], torch.zeros_like(c[1]))
         if op_of(n) in ops('add','sub','rsub'):
             terms = summands(t, n); c = terms.pop(value)
@@ -116,13 +116,14 @@ def bn_calls(t:Trace) -> list:
     "The calls of batch norms in a trace"
     return [b for b in affine_calls(t) if b.is_bn]
 
-# %% ../nbs/04_plan.ipynb #7cba4b6c
+# %% ../nbs/04_plan.ipynb #f3409e77
 class Search:
     "Find the edits that fold a BN into a trace in which others are folded already"
     def __init__(self, t:Trace): self.t,self.at = t,{n:i for i,n in enumerate(t.nodes)}
 
     def _rule(self, rules, n, maps):
         if n in self.t.gone: return [(self.t.gone[n] if rules is backward_rules else n, maps if isinstance(maps, Affine) else next(iter(maps.values())))]
+        if n in self.t.spoils and not is_identity(self.t, n): raise Stop(f"{self.t.where(n)}, which writes into a value that is read again afterwards")
         if op_of(n) not in rules: raise Stop(self.t.where(n) + (', with which the map does not commute' if n.op=='call_function' else ''))
         return rules[op_of(n)](self.t, n, maps)
 
@@ -188,13 +189,22 @@ class Search:
         return ', '.join(names[:2]) + (f' and {len(names)-2} others' if len(names)>2 else '')
 
     def residual(self, b:BNCall) -> tuple:
-        "If the BN's output is added to its own input: that sum, and the map on the sum that makes up for the BN; else `(None, None)`"
-        t,n,a = self.t,b.chain[-1],b.map
-        while len(u := t.users(n))==1 and u[0].op=='call_function' and is_identity(t, u[0]): n = u[0]
-        if len(u)!=1 or op_of(u[0]) not in ops('add','sub','rsub') or len(u[0].all_input_nodes)!=2: return None,None
-        (x,c),(y,d) = sorted(summands(t, u[0]).items(), key=lambda o: o[0] is not n)
-        if origin(t, y) is not origin(t, b.source) or c+d==0 or not t.users(u[0]): return None,None
-        return u[0], Affine((c*a.scale+d)/(c+d), c*a.shift)
+        "If the BN's output and its own input are the summands of a sum: that sum, and the map on it that makes up for the BN; else `(None, None)`"
+        t,out,src = self.t,b.chain[-1],origin(self.t, b.source)
+        def leaves(n, c=1):
+            for x,k in summands(t, n).items():
+                x = origin(t, x) if isinstance(x, Node) else x
+                if isinstance(x, Node) and is_sum(t, x) and x is not out and len(t.users(x))==1: yield from leaves(x, c*k)
+                else: yield x, c*k
+        n = out
+        while len(u := t.users(n))==1 and (hands_on(t, u[0]) or is_sum(t, u[0])):
+            [n] = u
+            if not is_sum(t, n) or not t.users(n): continue
+            terms = list(leaves(n))
+            mine,rest = (sum(c for x,c in terms if x is o) for o in (out,src))
+            if rest!=0 and mine+rest!=0 and all(x is out or x is src for x,_ in terms):
+                return n, Affine((mine*b.map.scale+rest)/(mine+rest), mine*b.map.shift)
+        return None,None
 
     def fold(self, b:BNCall, before:Affine, after:Affine, at:Node=None) -> tuple:
         "The edits that fold the BN `b`, whose map, where it stands (or on the value `at`), is first `before` and then `after`: the one goes backward, the other forward. `Stop` if there are none"
@@ -215,9 +225,9 @@ class Search:
         "When the BN is gone its output *is* its input: nobody may write into it while somebody else reads the other"
         t = self.t
         before,after = t.aliases(b.source),t.aliases(b.chain[-1])
-        late = [w for w in before if writes(w) and self.at[w]>self.at[b.chain[0]] and w not in replaced and w not in t.bounds]
+        late = [w for w in before if t.writes(w) and self.at[w]>self.at[b.chain[0]] and w not in replaced and w not in t.bounds]
         outside = any(v.op!='call_function' or any(u not in before and u is not b.chain[0] for u in t.users(v)) for v in before)
-        if bad := late + [w for w in after if outside and writes(w) and w not in replaced and w not in t.bounds and not is_identity(t, w)]:
+        if bad := late + [w for w in after if outside and t.writes(w) and w not in replaced and w not in t.bounds and not is_identity(t, w)]:
             raise Stop(f"{t.where(bad[0])}, which writes into memory that would then be shared")
 
     def commit(self, b:BNCall, edits:tuple, calls:dict):

@@ -10,7 +10,8 @@ __all__ = ['backward_rules', 'forward_rules', 'bn_ops', 'Stop', 'OneOf', 'backwa
            'movement_backward', 'item_backward', 'cat_forward', 'cat_backward', 'average_backward', 'average_forward',
            'maximum_backward', 'maximum_forward', 'reduction_forward', 'reduction_backward', 'constant', 'summands',
            'sum_backward', 'sum_forward', 'factor', 'product_backward', 'product_forward', 'Rebound', 'bounds',
-           'clamp_backward', 'clamp_forward', 'homogeneous_backward', 'homogeneous_forward', 'origin', 'sibling']
+           'clamp_backward', 'clamp_forward', 'homogeneous_backward', 'homogeneous_forward', 'hands_on', 'origin',
+           'is_sum', 'sibling']
 
 # %% ../nbs/02_rules.ipynb #c5f9658a
 import operator, torch
@@ -464,7 +465,7 @@ def product_forward(t, n, maps):
     s = torch.stack(torch.broadcast_tensors(*(a.aligned(len(t.shape(n))).scale for a in maps.values()))).prod(0)
     return [(n, Affine(s, torch.zeros_like(s)))]
 
-# %% ../nbs/02_rules.ipynb #7d6c3434
+# %% ../nbs/02_rules.ipynb #60c869aa
 _clamps = ops('relu','relu6','hardtanh','clamp','clamp_min','clamp_max')
 
 @dataclass(eq=False)
@@ -495,6 +496,7 @@ def _rebound(t, n, lo, hi, replace=False):
     if not replace and all((a==b).all() for a,b in zip(old, (lo,hi))): return []
     if c is None or c.path=='' or t.ops_of(c)!=[n] or t.children(c): raise Stop(f"{at}, whose bounds would have to change: a bare function call, no module that could be replaced")
     if t.n_calls[c.module]>1: raise Stop(f"`{c.path}` ({type(c.module).__name__}), whose bounds would have to change: it is shared by {t.n_calls[c.module]} calls")
+    if writes(n): raise Stop(f"{at}, whose bounds would have to change: it writes into a value that may be read again")
     both = compress(Affine(*torch.broadcast_tensors(lo, hi)))
     lo,hi = both.scale,both.shift
     if sum(s>1 for s in lo.shape)>1: raise Stop(f"{at}, whose bounds would differ between positions, not only between channels")
@@ -511,7 +513,7 @@ def clamp_backward(t, n, a):
 def clamp_forward(t, n, a, src):
     "`clamp(a(x), l, h) = b(clamp(x, l', h'))`; an activation that writes into its input is replaced in any case: that input is now the BN's own"
     b,lo,hi = clamp_before(a, *bounds(t, n))
-    return [*_rebound(t, n, lo, hi, replace=writes(n) and n not in t.bounds), (n, b)]
+    return [*_rebound(t, n, lo, hi, replace=t.writes(n) and n not in t.bounds), (n, b)]
 
 _homogeneous = ops('leaky_relu','prelu','abs')
 
@@ -529,45 +531,52 @@ def homogeneous_forward(t, n, a, src):
     _check_homogeneous(t, n, a)
     return [(n, a)]
 
-# %% ../nbs/02_rules.ipynb #86570ccb
-def origin(t, n):
-    "The value that `n` hands on: back through identities, and BNs that are gone"
-    while n in t.gone or n.op=='call_function' and is_identity(t, n): n = t.gone.get(n) or n.args[0]
-    return n
-
-def _flat_sum(t, n, sign=1, sums=()):
-    "The summands of the sum that ends in `n`, nested ones taken apart: `(node, sign, the sum that reads it)`"
-    for x,c in summands(t, n).items():
-        o = origin(t, x) if isinstance(x, Node) else x
-        if abs(c)==1 and isinstance(o, Node) and op_of(o) in _sums and len(t.users(o))==1: yield from _flat_sum(t, o, sign*c)
-        elif abs(c)==1 and isinstance(o, Node): yield o, sign*c, n
-
+# %% ../nbs/02_rules.ipynb #7b6a0867
 _sums = ops('add','sub','rsub')
 
-def _centred(t, n):
-    "Is `n` a layer with a centre tap on its diagonal: as many outputs as inputs, as large, an odd kernel in the middle?"
-    v = arguments(n)
-    if op_name(n)=='linear': return t.shape(v['weight'])[0]==t.shape(v['weight'])[1]
-    if op_of(n) not in _convs: return False
-    o,i,*ks = t.shape(v['weight'])
+def hands_on(t:Trace, n:Node) -> bool:
+    "Is the value of `n` that of its input: an identity, or a BN that is gone?"
+    return n in t.gone or is_identity(t, n)
+
+def origin(t:Trace, n:Node) -> Node:
+    "The value that `n` hands on"
+    while hands_on(t, n): n = t.gone.get(n) or n.args[0]
+    return n
+
+def is_sum(t:Trace, n:Node) -> bool:
+    "Is `n` a sum (that of a BN which is gone is none)?"
+    return op_of(n) in _sums and n not in t.gone
+
+def _flat_sum(t, n, sign=1):
+    "The summands of the sum `n`, nested ones taken apart: `(node, sign, the sum that reads it, does nobody else?)`; those with other coefficients are left out"
+    for x,c in summands(t, n).items():
+        if abs(c)!=1 or not isinstance(x, Node): continue
+        alone = len(t.users(x))==1
+        while hands_on(t, x): x = t.gone.get(x) or x.args[0]; alone = alone and len(t.users(x))==1
+        if alone and is_sum(t, x): yield from _flat_sum(t, x, sign*c)
+        else: yield x, sign*c, n, alone
+
+def _centred(t, n, src):
+    "Is `n` a layer of the value `src` with a centre tap on its diagonal: as many outputs as inputs, as large, an odd kernel in the middle?"
+    if op_of(n) not in [*_convs, *ops('linear')] or origin(t, n.args[0]) is not src or t.shape(n)!=t.shape(src): return False
+    if op_name(n)=='linear': return True
+    v,(o,i,*ks) = arguments(n),t.shape(n.args[1])
     same = v['padding']=='same' or not isinstance(v['padding'], str) and all(2*p==d*(k-1) for p,d,k in zip(v['padding']*len(ks), v['dilation']*len(ks), ks))
     return o==i*v['groups'] and all(k%2 for k in ks) and all(s==1 for s in v['stride']) and same
 
 def sibling(t:Trace, value:Node, a:Affine, reader:Node) -> list:
     "The edit by which a layer beside it takes in the map on the way from `value` to `reader`; an empty list if there is none"
     n,src = reader,origin(t, value)
-    while n in t.gone or n.op=='call_function' and op_of(n) in _identity and is_identity(t, n):
-        if len(t.users(n))!=1: return []
-        value,n = n,t.users(n)[0]
-    if op_of(n) not in _sums: return []
+    while hands_on(t, n) and len(t.users(n))==1: [n] = t.users(n)
+    if not is_sum(t, n): return []
     top = n
-    while len(u := t.users(top))==1 and (op_of(u[0]) in _sums or u[0] in t.gone or u[0].op=='call_function' and is_identity(t, u[0])): top = u[0]
+    while len(u := t.users(top))==1 and (is_sum(t, u[0]) or hands_on(t, u[0])): top = u[0]
     terms = list(_flat_sum(t, origin(t, top)))
-    mine = [c for o,c,at in terms if o is src and at is n]
-    for o,c,_ in terms:
-        if o.op!='call_function' or op_of(o) not in [*_convs, *ops('linear')] or origin(t, o.args[0]) is not src or len(t.users(o))!=1 or len(mine)!=1: continue
-        if t.shape(o)!=t.shape(src) or not _centred(t, o): continue
-        try: layer,b = (_conv_layer(t, o, a)[0], per_channel(t, o, a, 1-len(t.shape(o.args[1])))) if op_of(o) in _convs else (_linear_args(t, o, a)[1], per_channel(t, o, a, -1))
+    mine = [c for o,c,at,_ in terms if o is src and at is n]
+    for o,c,_,alone in terms if len(mine)==1 else ():
+        if not alone or not _centred(t, o, src): continue
+        try:
+            layer = _linear_args(t, o, a)[1] if op_name(o)=='linear' else _conv_layer(t, o, a)[0]
+            return [Absorb(layer, 'tap' if c==mine[0] else '-tap', per_channel(t, o, a, 1-len(t.shape(o.args[1])) if op_of(o) in _convs else -1))]
         except Stop: continue
-        return [Absorb(layer, 'tap' if c==mine[0] else '-tap', b)]
     return []

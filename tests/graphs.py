@@ -106,8 +106,8 @@ def missed(net, k, xs, gone=(), steps=40):
     uses = [sum(m is o for o in net.mods) for m in net.mods]
     params = {f'mods.{s}.{n}':p for s in near if uses[s]==1 for n,p in net.mods[s].named_parameters()} | ({f'head.{n}':p for n,p in net.head.named_parameters()} if head else {})
     params = {n:p for n,p in params.items() if 'act' not in n}
-    squares = any(name in ('mul','gate') and set(r)<=between for (name,*_),r in zip(net.steps, net.reads)) # a square can be completed: (s·v+t)·v is affine in (v+t/2s)²
-    if not params or squares: return float('inf')
+    # outside the algebra, and solvable all the same: a square can be completed, (s·v+t)·v being affine in (v+t/2s)²; a layer of two inputs can take back from one what changed in the other
+    if not params or any(name in ('mul','gate','cat conv') and set(r)<=between for (name,*_),r in zip(net.steps, net.reads)): return float('inf')
     names,sizes = list(params),[p.numel() for p in params.values()]
     keep = [v for v in range(len(net.steps)+1) if v not in between or v==(len(net.steps)+1)//2 or not any(v in r for r in net.reads) and v<len(net.steps)] # (what nobody reads may be looked at, too)
     end = torch.cat([(bn.running_var+bn.eps).sqrt(), bn.running_mean])

@@ -139,6 +139,12 @@ def test_in_place_function_behind_a_shared_value():
     rows,*_ = fold(net)
     assert not rows[0].folded and 'memory' in rows[0].reason
 
+def test_a_value_that_is_written_to_and_read_again():
+    "Found by the random graphs: the second reader sees what the ReLU has left, so the ReLU must go on doing that"
+    net = Net(lambda m,x: (lambda y: m.c(m.a(y))+m.d(y))(m.b(x.sin())), c=conv(k=1,p=0), d=conv(k=1,p=0), a=relu(inplace=True), b=bn(3))
+    rows,*_ = fold(net)
+    assert not rows[0].folded and 'may be read again' in rows[0].reason
+
 def test_possible_but_costly():
     "Two activations that need both bounds: two passes more than before, for one BN"
     net = Net(lambda m,x: (lambda y: m.c(m.p(y))+m.d(m.q(y)))(m.b(x.sin())), c=conv(k=1,p=0), d=conv(k=1,p=0), p=relu(), q=relu(), b=bn(3))
