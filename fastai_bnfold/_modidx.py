@@ -135,6 +135,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'fastai_bnfold.plan.Search._rule': ('plan.html#search._rule', 'fastai_bnfold/plan.py'),
                                     'fastai_bnfold.plan.Search._some': ('plan.html#search._some', 'fastai_bnfold/plan.py'),
                                     'fastai_bnfold.plan.Search.backward': ('plan.html#search.backward', 'fastai_bnfold/plan.py'),
+                                    'fastai_bnfold.plan.Search.behind_constants': ( 'plan.html#search.behind_constants',
+                                                                                    'fastai_bnfold/plan.py'),
                                     'fastai_bnfold.plan.Search.commit': ('plan.html#search.commit', 'fastai_bnfold/plan.py'),
                                     'fastai_bnfold.plan.Search.fold': ('plan.html#search.fold', 'fastai_bnfold/plan.py'),
                                     'fastai_bnfold.plan.Search.forward': ('plan.html#search.forward', 'fastai_bnfold/plan.py'),

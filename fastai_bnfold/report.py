@@ -95,7 +95,7 @@ class FoldTable:
         import pandas as pd
         return pd.DataFrame([asdict(r) for r in self.rows], columns=list(Row.__dataclass_fields__))
 
-# %% ../nbs/03_report.ipynb #acec7609
+# %% ../nbs/03_report.ipynb #92eb2519
 @dataclass(repr=False)
 class FoldReport(FoldTable):
     "What a fold did, and the evidence that it changed nothing else"
@@ -153,7 +153,7 @@ class FoldReport(FoldTable):
         bars(axs[1], [self.latency_before, self.latency_after], 'latency of one item', lambda v: f"{v*1e3:.1f} ms")
         m = next((k for k in self.metrics_before if 'loss' not in k), next(iter(self.metrics_before), None))
         bars(axs[2], [self.metrics_before.get(m), self.metrics_after.get(m)], m or 'validation', lambda v: f"{v:.4f}")
-        kinds = {k: sum(r.folded and r.how==k for r in self.rows) for k in sorted({r.how for r in self.rows if r.folded})}
+        kinds = {k: sum(r.folded and r.is_bn and r.how==k for r in self.rows) for k in sorted({r.how for r in self.rows if r.folded and r.is_bn})}
         kinds['kept'] = len(self.kept)
         bs = axs[3].barh(list(kinds), list(kinds.values()), color=['#2f80ed']*(len(kinds)-1)+['#eb5757'], height=.6)
         axs[3].bar_label(bs, padding=2); axs[3].set_title('batch norms', fontsize=10); axs[3].margins(x=.15)

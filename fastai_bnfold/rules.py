@@ -13,13 +13,12 @@ __all__ = ['backward_rules', 'forward_rules', 'bn_ops', 'Stop', 'OneOf', 'backwa
            'clamp_backward', 'clamp_forward', 'homogeneous_backward', 'homogeneous_forward', 'hands_on', 'origin',
            'is_sum', 'sibling']
 
-# %% ../nbs/02_rules.ipynb #c5f9658a
+# %% ../nbs/02_rules.ipynb #24c19569
 import operator, torch
 from dataclasses import dataclass
-from torch import nn, Tensor
+from torch import Tensor, inf, nn
 from torch.fx import Node
 from .affine import *
-from .affine import inf
 from .trace import *
 
 # %% ../nbs/02_rules.ipynb #43e77756

@@ -61,6 +61,8 @@ folds = {
     'x + bn(x)': (Net(lambda m,x: (lambda y: m.c(y+m.b(y)))(x.sin()), b=bn(3), c=conv(p=0)), 'forward', ['c'], []),
     'bn(x) - 2x, backward': (Net(lambda m,x: (lambda y: torch.sub(m.b(y),y,alpha=2).sin())(m.c(x)), b=bn(8), c=conv()), 'backward', ['c'], []),
     'a scale through a gate': (Net(lambda m,x: m.d(m.c(m.b(m.e(x))*x.mean((1,2,3),keepdim=True).sigmoid())), e=nn.Identity(), b=bn(3,affine=True), c=conv(bias=False), d=conv(8)), 'forward', ['c'], []),
+    'split behind a constant': (Net(lambda m,x: m.c2(m.b(m.a(m.c(x)))+.5), c=conv(), a=nn.Identity(), b=bn(8), c2=conv(8)), 'backward', ['c'], []),
+    'shift back, scale forward, behind a constant': (Net(lambda m,x: (lambda y: m.c2(m.b(F.interpolate(m.c(y),size=y.shape[2:])+y)+.5))(x.sin()), c=conv(3,3,k=2,p=0), b=bn(3), c2=conv(3)), 'split', ['c2','c'], []),
     'numbers': (Net(lambda m,x: m.b(2-(m.c(x)*3+1)/-2), c=conv(), b=bn(8)), 'backward', ['c'], []),
     # movement
     'there and back': (Net(lambda m,x: m.b(m.c(x).flatten(1).view(len(x),8,*x.shape[2:])), c=conv(), b=bn(8)), 'backward', ['c'], []),
@@ -146,13 +148,13 @@ def test_a_value_that_is_written_to_and_read_again():
     assert not rows[0].folded and 'may be read again' in rows[0].reason
 
 def test_possible_but_costly():
-    "Two activations that need both bounds: two passes more than before, for one BN"
-    net = Net(lambda m,x: (lambda y: m.c(m.p(y))+m.d(m.q(y)))(m.b(x.sin())), c=conv(k=1,p=0), d=conv(k=1,p=0), p=relu(), q=relu(), b=bn(3))
+    "Three activations that need both bounds: three passes more than before, for one BN"
+    net = Net(lambda m,x: (lambda y: m.c(m.p(y))+m.d(m.q(y))+m.e(m.r(y)))(m.b(x.sin())), c=conv(k=1,p=0), d=conv(k=1,p=0), e=conv(k=1,p=0), p=relu(), q=relu(), r=relu(), b=bn(3))
     net.b.weight.data[:] = torch.tensor([1.,-1.,.5])
     rows,_,rep = fold(copy.deepcopy(net))
-    assert not rows[0].folded and rows[0].possible and rep.n_possible==1 and rep.n_folded==0 and '2 passes' in rows[0].reason
+    assert not rows[0].folded and rows[0].possible and rep.n_possible==1 and rep.n_folded==0 and '3 passes' in rows[0].reason
     rows,folded,rep = fold(net, costly=True)
-    assert rows[0].folded and rows[0].acts==['p','q'] and rep.n_possible==1
+    assert rows[0].folded and rows[0].acts==['p','q','r'] and rep.n_possible==1
 
 # --- constants ------------------------------------------------------------------------------------
 

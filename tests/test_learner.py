@@ -82,6 +82,18 @@ def test_export_loads_without_this_package(tmp_path):
     with pytest.raises(FoldedError): loaded.fit(1)
     with pytest.raises(FoldedError, match='elsewhere'): loaded.unfold_bn()
 
+def test_activations_that_change(dls, tmp_path):
+    "Folded through a ReLU, with zero padding behind it: validated, exported, loaded, unfolded; the report says that the export needs this package"
+    torch.manual_seed(0)
+    m = randomize_bn(nn.Sequential(nn.Conv2d(3,16,3), nn.ReLU(inplace=True), nn.BatchNorm2d(16), nn.Conv2d(16,8,3,padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,10)))
+    learn = Learner(dls, m, path=tmp_path, metrics=accuracy); old,relu = state(m),m[1]
+    rep = learn.fold_bn(latency=0)
+    assert rep.n_folded==1 and rep.rows[0].how=='split' and rep.rows[0].acts==['1'] and rep.n_changed==0 and 'needs fastai_bnfold' in str(rep) and 'needs fastai_bnfold' in rep._repr_html_()
+    preds = learn.get_preds()[0]
+    learn.export('m.pkl'); loaded = load_learner(tmp_path/'m.pkl')
+    assert torch.equal(loaded.get_preds(dl=dls.valid)[0], preds)
+    learn.unfold_bn(); assert m[1] is relu and equal(state(m), old); learn.fit(1)
+
 def test_unfold_is_bit_for_bit(learn):
     old,objects,opt = state(learn.model),learn.model.state_dict(keep_vars=True),learn.opt
     momenta = [v['grad_avg'].clone() for v in opt.state_dict()['state'] if 'grad_avg' in v]

@@ -17,6 +17,13 @@ def network(steps, seed, positive=False):
             if getattr(m, 'running_var', None) is not None and getattr(m, 'weight', None) is not None: m.weight.data = m.weight.data.abs()+.3
     return net
 
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    "The values are tiny: a second thread only waits"
+    n = torch.get_num_threads(); torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
 common = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, print_blob=False)
 
 @settings(max_examples=2000, **common)
@@ -36,7 +43,8 @@ def test_folded_equals_unfolded(program):
 @settings(max_examples=int(os.environ.get('MISSED_EXAMPLES', 150)), **common)
 @given(programs)
 def test_no_fold_is_missed(program):
-    "For every BN that stays: a least-squares solver that knows nothing of the rules finds no way to fold it either"
+    """For every BN that stays: a least-squares solver that knows nothing of the rules finds no way to fold it either (γ > 0, since it moves them steadily;
+    the environment variable MISSED_EXAMPLES sets how many graphs)"""
     steps,seed = program
     assume(not {'half','halves'} & {name for name,*_ in steps}) # they leave channels that nobody reads
     net = network(steps, seed, positive=True)
