@@ -154,7 +154,7 @@ def tolerance(outputs:list, n_folded:int) -> float:
     eps = max([torch.finfo(o.dtype).eps for o in outputs if o.is_floating_point()], default=torch.finfo(torch.float32).eps)
     return 64*eps*(n_folded+1)**.5
 
-# %% ../nbs/05_folder.ipynb #53df727f
+# %% ../nbs/05_folder.ipynb #f66d25d2
 def _n(ts): return sum(t.numel() for t in ts)
 
 class BNFolder:
@@ -225,7 +225,7 @@ class BNFolder:
         computed = list(dict.fromkeys(e.path for s in steps for e in s.edits if isinstance(e, Absorb) and without_parametrization(model.get_submodule(e.path)) is not model.get_submodule(e.path)))
         clamps = {e.path for s in steps for e in s.edits if isinstance(e, Rebound)}
         return ([f"Baked in: the weights of {', '.join(computed)} are no longer computed at every call."] if computed else []) + \
-            ([f"{len(clamps)} activations became a `fastai_bnfold.affine.Clamp`: whoever loads the pickled or exported model needs fastai_bnfold."] if clamps else [])
+            ([f"{len(clamps)} activation{'s'*(len(clamps)>1)} became a `fastai_bnfold.affine.Clamp`: whoever loads the pickled or exported model needs fastai_bnfold."] if clamps else [])
 
     def _copy(self, model):
         try: return copy.deepcopy(model)
