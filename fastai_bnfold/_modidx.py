@@ -44,6 +44,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'fastai_bnfold.experiments._exit': ('experiments.html#_exit', 'fastai_bnfold/experiments.py'),
                                            'fastai_bnfold.experiments._image_folder': ( 'experiments.html#_image_folder',
                                                                                         'fastai_bnfold/experiments.py'),
+                                           'fastai_bnfold.experiments._plain_members': ( 'experiments.html#_plain_members',
+                                                                                         'fastai_bnfold/experiments.py'),
                                            'fastai_bnfold.experiments._temporary_folder': ( 'experiments.html#_temporary_folder',
                                                                                             'fastai_bnfold/experiments.py'),
                                            'fastai_bnfold.experiments._unpack': ( 'experiments.html#_unpack',

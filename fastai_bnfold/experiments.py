@@ -17,7 +17,7 @@ from .affine import *
 from .report import text_table
 from .learner import *
 
-# %% ../nbs/08_experiments.ipynb #ebb99d30
+# %% ../nbs/08_experiments.ipynb #a1813aac
 class DataError(FoldError): "The data that was asked for is not there, or is not laid out as expected"
 
 def _digit(i):
@@ -36,10 +36,16 @@ def digits_dls(
                       splitter=IndexSplitter(range(0, 1797, 5)), item_tfms=Resize(size, method=ResizeMethod.Squish), batch_tfms=Normalize.from_stats(*imagenet_stats))
     return block.dataloaders(None, bs=bs, num_workers=0)
 
+def _plain_members(t, to):
+    "Files and folders that stay inside `to`, an error for anything else: for a Python without tar filters (before 3.10.12 and 3.11.4)"
+    for m in t:
+        if not (m.isfile() or m.isdir()) or not (to/m.name).resolve().is_relative_to(to.resolve()): raise tarfile.TarError(f"'{m.name}' is not a plain file or folder inside the archive")
+        yield m
+
 def _unpack(f, to):
     "Unpack the archive `f` into the folder `to`"
     try:
-        with tarfile.open(f) as t: t.extractall(to, filter='data')
+        with tarfile.open(f) as t: t.extractall(to, filter='data') if hasattr(tarfile, 'data_filter') else t.extractall(to, list(_plain_members(t, to)))
     except (tarfile.TarError, EOFError, OSError) as e: raise DataError(f"'{f}' cannot be unpacked as a .tar or .tgz archive: {str(e).splitlines()[0].rstrip(':')}") from e
     return to
 

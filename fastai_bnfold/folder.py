@@ -19,7 +19,7 @@ from .rules import *
 from .report import *
 from .plan import *
 
-# %% ../nbs/05_folder.ipynb #e0abe389
+# %% ../nbs/05_folder.ipynb #b3fa6bb9
 class Swaps:
     "References of a model that can be put in place and taken back, any number of times"
     def __init__(self): self.old,self.new = [],[]  # (table, key, value), for the model's `_parameters` and `_modules` tables
@@ -74,7 +74,7 @@ def swaps_for(
         for k,p in _edited(plain, edits).items():
             if plain is m: swaps.add(m._parameters, k, p)
             else: plain._parameters[k] = p
-    for s in steps:
+    for s in sorted(steps, key=lambda s: bool(s.children)): # submodules that go themselves first
         bn = at(s.path)
         kept = {k: new.get(c, c) for k in s.children for c in [bn._modules[k]]}
         new[bn] = _in_place_of(bn, nn.Sequential(OrderedDict(kept)) if kept else nn.Identity())

@@ -16,7 +16,7 @@ from .rules import *
 from .rules import backward_rules, forward_rules
 from .report import *
 
-# %% ../nbs/04_plan.ipynb #48bf79f1
+# %% ../nbs/04_plan.ipynb #fffc3b39
 @dataclass(eq=False)
 class BNCall:
     "One run of a batch norm, or of another module that is a constant affine map"
@@ -85,6 +85,7 @@ def _own_map(t, c, b):
     "Fill `b` with what the call `c` does, if that is an affine map of one value and then its submodules; else with the reason"
     try:
         ops = t.ops_of(c)
+        if sum(op_of(n) in bn_ops for n in ops)>1: raise Stop(f"its `forward` (of {type(c.module).__name__}) normalizes several times")
         b.source = value = next(i for i in ops[0].all_input_nodes if not t.is_const(i))
         for n in ops:
             if [u for u in t.users(value) if u in ops]!=[n]: raise Stop(f"its `forward` (of {type(c.module).__name__}) does more than to normalize: it reads a value twice")

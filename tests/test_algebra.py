@@ -226,6 +226,19 @@ def test_subclasses():
         rows,folded,_ = fold(Net(lambda m,x: m.b(m.c(x)), c=conv(), b=cls(8)))
         assert not rows[0].folded and cls.__name__ in rows[0].reason and word in rows[0].reason, rows[0].reason
 
+def test_a_subclass_that_normalizes_twice():
+    class Double(nn.BatchNorm2d):
+        def forward(self, x): return super().forward(super().forward(x))
+    rows,*_ = fold(Net(lambda m,x: m.b(m.c(x)), c=conv(), b=Double(8)))
+    assert len(rows)==2 and all(not r.folded and 'several times' in r.reason for r in rows)
+
+def test_a_bn_with_a_constant_inside():
+    class Scaling(nn.BatchNorm2d):
+        def __init__(self, n): super().__init__(n); self.s = Scale(n)
+        def forward(self, x): return self.s(super().forward(x))
+    rows,folded,_ = fold(Net(lambda m,x: m.b(m.c(x)), c=conv(), b=Scaling(8)))
+    assert [(r.bn,r.folded) for r in rows]==[('b',True),('b.s',True)] and isinstance(folded.b.s, nn.Identity)
+
 def test_instance_norm_with_running_statistics_is_a_bn():
     rows,folded,rep = fold(Net(lambda m,x: m.b(m.c(x)), c=conv(), b=nn.InstanceNorm2d(8, affine=True, track_running_stats=True)))
     assert rows[0].folded and rep.n_bn==1
