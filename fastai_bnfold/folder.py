@@ -123,7 +123,7 @@ def baked(model:nn.Module):
     try: yield
     finally: swaps.undo()
 
-# %% ../nbs/05_folder.ipynb #e97839ea
+# %% ../nbs/05_folder.ipynb #b7f019e5
 def perturbed(args:tuple, noise:float=0.1, seed:int=0) -> tuple:
     "`args` with noise on every floating point tensor, at `noise` times its standard deviation"
     gen = torch.Generator().manual_seed(seed)
@@ -150,9 +150,9 @@ def max_err(
     return err
 
 def tolerance(outputs:list, n_folded:int) -> float:
-    "What rounding may do to the outputs of a model in which `n_folded` BNs were folded: `64·eps·√(n+1)`"
+    "What rounding may do to the outputs of a model in which `n_folded` BNs were folded: `64·eps·√(n+1)`, and at least 1e-11"
     eps = max([torch.finfo(o.dtype).eps for o in outputs if o.is_floating_point()], default=torch.finfo(torch.float32).eps)
-    return 64*eps*(n_folded+1)**.5
+    return max(64*eps*(n_folded+1)**.5, 1e-11)
 
 # %% ../nbs/05_folder.ipynb #f66d25d2
 def _n(ts): return sum(t.numel() for t in ts)
