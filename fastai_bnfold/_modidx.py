@@ -82,6 +82,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fastai_bnfold.folder.Swaps': ('folder.html#swaps', 'fastai_bnfold/folder.py'),
                                       'fastai_bnfold.folder.Swaps.__init__': ('folder.html#swaps.__init__', 'fastai_bnfold/folder.py'),
                                       'fastai_bnfold.folder.Swaps.add': ('folder.html#swaps.add', 'fastai_bnfold/folder.py'),
+                                      'fastai_bnfold.folder.Swaps.add_modules': ( 'folder.html#swaps.add_modules',
+                                                                                  'fastai_bnfold/folder.py'),
                                       'fastai_bnfold.folder.Swaps.redo': ('folder.html#swaps.redo', 'fastai_bnfold/folder.py'),
                                       'fastai_bnfold.folder.Swaps.undo': ('folder.html#swaps.undo', 'fastai_bnfold/folder.py'),
                                       'fastai_bnfold.folder._edited': ('folder.html#_edited', 'fastai_bnfold/folder.py'),

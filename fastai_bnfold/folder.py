@@ -19,13 +19,18 @@ from .rules import *
 from .report import *
 from .plan import *
 
-# %% ../nbs/05_folder.ipynb #b3fa6bb9
+# %% ../nbs/05_folder.ipynb #4022a653
 class Swaps:
     "References of a model that can be put in place and taken back, any number of times"
     def __init__(self): self.old,self.new = [],[]  # (table, key, value), for the model's `_parameters` and `_modules` tables
     def add(self, table:dict, key:str, value):
         "Plan that `table[key]` becomes `value`"
         self.old.append((table, key, table.get(key, self))); self.new.append((table, key, value))
+    def add_modules(self, model:nn.Module, new:dict):
+        "Plan that every module of `model` that is a key of `new` is replaced by its value, wherever it is registered"
+        for m in model.modules():
+            for k,c in m._modules.items():
+                if c in new: self.add(m._modules, k, new[c])
     def redo(self):
         "Put the new values in place"
         for table,k,v in self.new: table[k] = v
@@ -78,13 +83,11 @@ def swaps_for(
         bn = at(s.path)
         kept = {k: new.get(c, c) for k in s.children for c in [bn._modules[k]]}
         new[bn] = _in_place_of(bn, nn.Sequential(OrderedDict(kept)) if kept else nn.Identity())
-    for m in model.modules():
-        for k,c in m._modules.items():
-            if c in new: swaps.add(m._modules, k, new[c])
+    swaps.add_modules(model, new)
     if steps: swaps.add(vars(model), 'bn_folded', True)
     return swaps
 
-# %% ../nbs/05_folder.ipynb #de29a991
+# %% ../nbs/05_folder.ipynb #c264ce46
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -115,10 +118,8 @@ def without_parametrization(m:nn.Module) -> nn.Module:
 @contextmanager
 def baked(model:nn.Module):
     "While active, all submodules of `model` are `without_parametrization`"
-    swaps,new = Swaps(),{m:p for m in model.modules() for p in [without_parametrization(m)] if p is not m}
-    for m in model.modules():
-        for k,c in m._modules.items():
-            if c in new: swaps.add(m._modules, k, new[c])
+    swaps = Swaps()
+    swaps.add_modules(model, {m:p for m in model.modules() for p in [without_parametrization(m)] if p is not m})
     swaps.redo()
     try: yield
     finally: swaps.undo()

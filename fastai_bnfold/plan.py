@@ -117,10 +117,10 @@ def bn_calls(t:Trace) -> list:
     "The calls of batch norms in a trace"
     return [b for b in affine_calls(t) if b.is_bn]
 
-# %% ../nbs/04_plan.ipynb #7a4de00c
+# %% ../nbs/04_plan.ipynb #2303dc60
 class Search:
     "Find the edits that fold a BN into a trace in which others are folded already"
-    def __init__(self, t:Trace): self.t,self.at = t,{n:i for i,n in enumerate(t.nodes)}
+    def __init__(self, t:Trace): self.t,self.at = t,t.at
 
     def _rule(self, rules, n, maps):
         if n in self.t.gone: return [(self.t.gone[n] if rules is backward_rules else n, maps if isinstance(maps, Affine) else next(iter(maps.values())))]
@@ -247,8 +247,8 @@ class Search:
         self.t.gone |= self._links(b)
         self.t.merge(b.source, b.chain[-1])
         for e in edits:
-            if isinstance(e, Rebound): self.t.bounds[e.node] = (e.lo, e.hi)
-            elif (o := calls.get(e.path)) and o.map:
+            self._note(e)
+            if isinstance(e, Absorb) and (o := calls.get(e.path)) and o.map:
                 a = e.map.view(o.map.scale.shape) if e.map.scale.numel()==o.map.scale.numel() else e.map.view(1)
                 o.map = o.map.then(a) if e.side=='out' else a.then(o.map)
 
@@ -277,7 +277,7 @@ ways = { # how: the pairs (before, after) to try
     'split': splits,
 }
 
-# %% ../nbs/04_plan.ipynb #4f2a0813
+# %% ../nbs/04_plan.ipynb #e36b7377
 @dataclass
 class Step:
     "How one BN goes"
@@ -304,7 +304,8 @@ def _level(edits, calls):
 def _best(search, b, hows, level, calls, why):
     "The cheapest way to fold `b` that this level allows: `(how, edits)` or None; `why` gets the reasons"
     best = None
-    for at,a in ((None, b.map), search.behind_constants(b), search.residual(b)):
+    for site in (lambda b: (None, b.map), search.behind_constants, search.residual):
+        at,a = site(b)
         for how in hows if a else ():
             for before,after in ways[how](a):
                 try: edits = search.fold(b, before, after, at)

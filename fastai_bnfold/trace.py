@@ -84,13 +84,13 @@ def out_of_place(model:nn.Module):
     finally:
         for m in flags: m.inplace = True
 
-# %% ../nbs/01_trace.ipynb #629760d6
+# %% ../nbs/01_trace.ipynb #7a1fa695
 class Trace:
     "The dataflow of one run of `model` on the positional arguments `args`"
     def __init__(self, model:nn.Module, args:tuple,
         inplace:bool=False # Let modules with a flag `inplace` work in place, as they do when the model runs?
     ):
-        self.model,self.calls,self._owner,self.outputs,self.inplace = model,[],{},[],inplace
+        self.model,self.calls,self._owner,self.outputs = model,[],{},[]
         paths = {}
         for p,m in model.named_modules(): paths.setdefault(m, p)
         leaves,spec = tree_flatten(fresh(args))
@@ -126,7 +126,7 @@ class Trace:
             if n.op=='call_function' and not self._const[n] and (c := self.call(n)): self._ops.setdefault(id(c), []).append(n)
             self._alias[n] = {n}
             if may_alias(n) or self.writes(n): self.merge(n, inputs[0])
-        at = {n:i for i,n in enumerate(self.nodes)}
+        self.at = at = {n:i for i,n in enumerate(self.nodes)} # node → its place in the order of execution
         self.spoils = {w for w in self.nodes if writes(w) for v in self._alias[w] if at[v]<at[w] and any(at[u]>at[w] for u in v.users)}
 
     def tensor(self, n:Node) -> Tensor:
