@@ -16,7 +16,7 @@ from .rules import *
 from .rules import backward_rules, forward_rules
 from .report import *
 
-# %% ../nbs/04_plan.ipynb #fffc3b39
+# %% ../nbs/04_plan.ipynb #2180f3c7
 @dataclass(eq=False)
 class BNCall:
     "One run of a batch norm, or of another module that is a constant affine map"
@@ -85,6 +85,8 @@ def _own_map(t, c, b):
     "Fill `b` with what the call `c` does, if that is an affine map of one value and then its submodules; else with the reason"
     try:
         ops = t.ops_of(c)
+        for h in c.module._forward_pre_hooks.values():
+            if hasattr(h, 'why_not_affine'): raise Stop(h.why_not_affine)
         if sum(op_of(n) in bn_ops for n in ops)>1: raise Stop(f"its `forward` (of {type(c.module).__name__}) normalizes several times")
         b.source = value = next(i for i in ops[0].all_input_nodes if not t.is_const(i))
         for n in ops:
@@ -97,6 +99,11 @@ def _own_map(t, c, b):
     except Stop as e: b.reason = str(e)
     return b
 
+def _may_be_affine(t, c):
+    "Is the call one of a module with running statistics, or does it only multiply and add, and hold what to multiply with and to add?"
+    if hasattr(c.module, 'running_var'): return True
+    return not t.children(c) and any(True for _ in (*c.module.parameters(), *c.module.buffers())) and all(op_of(o) in ops('mul','div','add','sub','rsub') for o in t.ops_of(c))
+
 def affine_calls(t:Trace) -> list:
     "Every `BNCall` of the trace, in the order of execution, those of other constant affine maps (which fold or are not mentioned) included"
     res,seen = [],set()
@@ -106,8 +113,7 @@ def affine_calls(t:Trace) -> list:
         if op_of(n) in bn_ops:
             if c is None or c.path=='' and len(t.children(c)): res.append(BNCall('(the model itself)', reason="it is a bare function call in the model's own `forward`, no module that could be replaced"))
             else: res.append(_own_map(t, c, BNCall(c.path or '(the model itself)', c.module)))
-        elif c and c.path and id(c) not in seen and t.ops_of(c)[0] is n and not t.children(c) and any(True for _ in c.module.buffers()) | any(True for _ in c.module.parameters()) \
-                and all(op_of(o) in ops('mul','div','add','sub','rsub') for o in t.ops_of(c)):
+        elif c and c.path and id(c) not in seen and t.ops_of(c)[0] is n and not any(op_of(o) in bn_ops for o in t.ops_of(c)) and _may_be_affine(t, c):
             b = _own_map(t, c, BNCall(c.path, c.module, is_bn=hasattr(c.module, 'running_var')))
             if b.is_bn or not b.reason: res.append(b)
         if c: seen.add(id(c))
