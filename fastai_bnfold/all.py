@@ -4,6 +4,7 @@ from .report import FoldReport, Row
 from .plan import FoldPlan
 from .folder import BNFolder
 from .learner import FoldBN
+from . import bn_stats # Learner.reestimate_bn, Learner.correct_bn, Learner.uncorrect_bn
 
 __all__ = ['BNFolder', 'FoldBN', 'FoldReport', 'FoldPlan', 'Row', 'Affine', 'FoldError', 'StatisticsError', 'TraceError', 'VerificationError',
            'FoldedError', 'NoDataError']

@@ -68,7 +68,7 @@ def batch_statistics(model:nn.Module):
         for h in hooks: h.remove()
         for m,(mean,v) in old.items(): m.running_mean.copy_(mean); m.running_var.copy_(v)
 
-# %% ../nbs/09_bn_stats.ipynb #fe8b0ab5
+# %% ../nbs/09_bn_stats.ipynb #86c0efd7
 def _process():
     "The rank of this process, and how many there are"
     d = torch.distributed
@@ -100,9 +100,9 @@ def _quietly(learn):
         with learn.removed_cbs(L(cb for cb in learn.cbs if cb.name=='distributed_trainer')), _recorder_kept(learn): yield
     finally: learn._metrics = metrics
 
-def _run_training(learn, n, bs, augment=False, seed=42):
+def _run_training(learn, n, bs, augment=False, seed=42, cb=None):
     "Run `learn.model` in eval mode on `n` random items of the training data, this process on its share of them; their losses"
-    (rank,world),ds,cb = _process(),learn.dls.train.dataset,_Losses()
+    (rank,world),ds,cb = _process(),learn.dls.train.dataset,cb or _Losses()
     with no_random(seed, reproducible=False): # the same items in all processes
         idxs = torch.randperm(len(ds))[:n][rank::world].tolist()
         if len(idxs)>bs: idxs = idxs[:len(idxs)//bs*bs]
@@ -178,7 +178,7 @@ class ItemStatistics:
     def why_not_affine(self): return f'`correct_bn` gave the statistics of each item a share of α = {self.alpha:g} in its normalization, which is no fixed map (α = 0 would be, and folds)'
     def __repr__(self): return f'{type(self).__name__}(alpha={self.alpha:g})'
 
-# %% ../nbs/09_bn_stats.ipynb #f771a62c
+# %% ../nbs/09_bn_stats.ipynb #4cedc462
 def _hooks(model): return [(p,m,i,h) for p,m in model.named_modules() for i,h in m._forward_pre_hooks.items() if isinstance(h, ItemStatistics)]
 def _alphas(model): return {p: h.alpha for p,_,_,h in _hooks(model)}
 
@@ -212,13 +212,41 @@ def _choose(losses):
     gain = losses[0.]-losses[best]
     return best if gain.mean() > 2*gain.std()/len(gain)**.5 else 0.
 
+class _Descent(_Losses):
+    "Gradient descent on the loss, in the validation loop: the logits `θ` of the shares are all that changes"
+    def __init__(self, hooks, θ, steps, every):
+        self.hooks,self.θ,self.every,self.seen = hooks,θ,every,0
+        self.opt = torch.optim.Adam([θ], lr=.15)
+        self.sched = torch.optim.lr_scheduler.CosineAnnealingLR(self.opt, steps)
+    def before_batch(self):
+        torch.set_grad_enabled(True)
+        for h,a in zip(self.hooks, self.θ.sigmoid()): h.alpha = a
+    def after_loss(self):
+        g, = torch.autograd.grad(self.learn.loss_grad.mean(), self.θ)
+        self.θ.grad = g if self.θ.grad is None else self.θ.grad+g
+    def after_batch(self):
+        super().after_batch(); torch.set_grad_enabled(False)
+        self.seen += find_bs(self.yb)
+        if self.seen<self.every: return
+        if _process()[1]>1: torch.distributed.all_reduce(self.θ.grad)
+        self.opt.step(); self.opt.zero_grad(); self.sched.step(); self.seen = 0
+
+def _descend(learn, paths, start, n, bs, seed, every=64):
+    "A share for each of `paths`, by gradient descent on the loss of `n` training items; `start` is the best common share"
+    _set_alphas(learn.model, dict.fromkeys(paths, start or .02))
+    hooks = {p:h for p,_,_,h in _hooks(learn.model)}
+    θ = torch.full((len(paths),), start or .02, device=one_param(learn.model).device).logit().requires_grad_()
+    _run_training(learn, n, bs, seed=seed+1, cb=_Descent([hooks[p] for p in paths], θ, max(1, n//every), every))
+    return dict(zip(paths, θ.detach().sigmoid().tolist()))
+
 @patch
 @torch.no_grad()
 def correct_bn(self:Learner,
     alpha=None,  # Share of an item's own statistics, in [0, 1]: a number, or a dict from BN paths to numbers (0 where left out); chosen on training data if None
-    alphas=(.01,.02,.05,.1,.15,.2,.3,.5), # The candidates
+    per_layer:bool=False, # Choose one for every BN? Else one for all
+    alphas=(.01,.02,.05,.1,.15,.2,.3,.5), # The candidates for all
     n:int=2048,  # Items of training data to choose with
-    bs:int=64,   # Items per batch
+    bs:int=64,   # Items per batch (for `per_layer` no more than in training: it takes gradients)
     seed:int=42  # Of the choice of items
 ):               # The candidates and their losses on training data, a `DataFrame`; None if `alpha` was given
     "Example-weighted inference: at test time, an item's own statistics take a share in its normalization. `uncorrect_bn` undoes it; a BN with α = 0 is the ordinary one"
@@ -227,16 +255,21 @@ def correct_bn(self:Learner,
     shares = list(alpha.values()) if isinstance(alpha, dict) else list(alphas) if alpha is None else [alpha]
     for a in shares: _check(isinstance(a, (int,float)) and 0<=a<=1, "α, the share of an item's own statistics, must be a number in [0, 1]", a)
     if isinstance(alpha, dict): _check(not set(alpha)-set(paths), f"α can be given for: {', '.join(paths)}", ', '.join(set(alpha)-set(paths)))
+    for k,v in dict(n=n, bs=bs).items(): _check(isinstance(v, int) and v>0, f"`{k}` must be a positive integer", v)
+    def common(a): return dict.fromkeys(paths, a)
+    def losses_with(alphas):
+        _set_alphas(self.model, alphas)
+        return _gathered(_run_training(self, n, bs, seed=seed))
     try:
-        if alpha is not None: _set_alphas(self.model, alpha if isinstance(alpha, dict) else dict.fromkeys(paths, alpha)); return
-        n,losses = min(n, _n_training(self)),{}
-        bar = progress_bar(sorted({0., *map(float, alphas)}), display=hasattr(self, 'progress'), leave=False)
+        if alpha is not None: return _set_alphas(self.model, alpha if isinstance(alpha, dict) else common(alpha))
+        n,losses,each = min(n, _n_training(self)),{},None
+        bar = progress_bar([*sorted({0., *map(float, alphas)}), *['per layer']*per_layer], display=hasattr(self, 'progress'), leave=False)
         with self.no_bar():
             for a in bar:
-                _set_alphas(self.model, dict.fromkeys(paths, a))
-                losses[a] = _gathered(_run_training(self, n, bs, seed=seed))
+                if a=='per layer': each = _descend(self, paths, _choose(losses), n, min(bs, getattr(self.dls.train, 'bs', None) or bs), seed)
+                losses[a] = losses_with(each or common(a))
         best = _choose(losses)
-        _set_alphas(self.model, dict.fromkeys(paths, best))
+        _set_alphas(self.model, each if best=='per layer' else common(best))
     except BaseException: _set_alphas(self.model, old); raise
     return pd.DataFrame({'training loss': {a: l.mean().item() for a,l in losses.items()}, 'chosen': {a: a==best for a in losses}}).rename_axis('α')
 
