@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Moments', 'batch_norms', 'batch_statistics', 'ItemStatistics']
 
-# %% ../nbs/09_bn_stats.ipynb #b568b81e
+# %% ../nbs/09_bn_stats.ipynb #04582b91
 import torch
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from fastai.basics import *
 from .affine import *
-from .trace import run
+from .trace import evaluating, run
 from .learner import _recorder_kept, _learner_batch
 from fastprogress.fastprogress import progress_bar
 
@@ -68,7 +68,7 @@ def batch_statistics(model:nn.Module):
         for h in hooks: h.remove()
         for m,(mean,v) in old.items(): m.running_mean.copy_(mean); m.running_var.copy_(v)
 
-# %% ../nbs/09_bn_stats.ipynb #86c0efd7
+# %% ../nbs/09_bn_stats.ipynb #24e3c7cb
 def _process():
     "The rank of this process, and how many there are"
     d = torch.distributed
@@ -107,7 +107,7 @@ def _run_training(learn, n, bs, augment=False, seed=42, cb=None):
         idxs = torch.randperm(len(ds))[:n][rank::world].tolist()
         if len(idxs)>bs: idxs = idxs[:len(idxs)//bs*bs]
         as_valid = ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') and not augment else nullcontext()
-        with as_valid, _quietly(learn), learn.loss_not_reduced(): learn.validate(dl=_subset(learn.dls.train, idxs, bs), cbs=cb)
+        with as_valid, evaluating(learn.model), _quietly(learn), learn.loss_not_reduced(): learn.validate(dl=_subset(learn.dls.train, idxs, bs), cbs=cb)
     return torch.cat(cb.losses)
 
 def _check(ok, what, got):
@@ -116,7 +116,7 @@ def _check(ok, what, got):
 def _unfolded(learn):
     if getattr(learn.model, 'bn_folded', False): raise FoldedError("This Learner is folded: its batch norms and their statistics are gone. Call `learn.unfold_bn()` first, and fold again afterwards.")
 
-# %% ../nbs/09_bn_stats.ipynb #e7a25b67
+# %% ../nbs/09_bn_stats.ipynb #1ae53f5f
 def _moves(bns, new):
     "How far the statistics of every BN move from what they are to `new`"
     def row(m, mean, v):
@@ -145,10 +145,10 @@ def reestimate_bn(self:Learner,
     _unfolded(self)
     if _alphas(self.model): raise StatisticsError("This Learner's batch norms are corrected, with an α that was chosen for their old statistics. Call `learn.uncorrect_bn()`, re-estimate, then `learn.correct_bn()` again.")
     _check(var in ('population','precise'), "`var` must be 'population' or 'precise'", var)
-    bns,n = batch_norms(self.model),_n_training(self)
-    if bs is None: bs = max(64, getattr(self.dls.train, 'bs', None) or 0)
-    if n_batches is None: n_batches = max(1, 4096//bs)
-    for k,v in dict(bs=bs, n_batches=n_batches).items(): _check(isinstance(v, int) and v>0, f"`{k}` must be a positive integer", v)
+    bns = batch_norms(self.model); _n_training(self)
+    for k,v in dict(bs=bs, n_batches=n_batches).items(): _check(v is None or isinstance(v, int) and v>0, f"`{k}` must be a positive integer", v)
+    bs = bs or max(64, getattr(self.dls.train, 'bs', None) or 0)
+    n_batches = n_batches or max(1, 4096//bs)
     with batch_statistics(self.model) as seen: _run_training(self, n_batches*bs, bs, augment, seed)
     if _process()[1]>1:
         for o in seen.values(): o.gather(one_param(self.model).device)

@@ -60,7 +60,7 @@ def _changed(before, after) -> int:
     "How many items have another class (for a segmentation: any pixel of another class)"
     return sum(int((x!=y).reshape(len(x),-1).any(1).sum()) for x,y in zip(before, after))
 
-# %% ../nbs/06_learner.ipynb #b94ee157
+# %% ../nbs/06_learner.ipynb #3b8dd019
 _folds = WeakKeyDictionary() # Learner → (its BNFolder, its optimizer)
 
 def _learner_batch(learn):
@@ -68,7 +68,7 @@ def _learner_batch(learn):
     try: dl = learn.dls.valid if _has_valid(learn) else learn.dls.train.new(shuffle=False, drop_last=False)
     except Exception as e: dl = None
     if dl is None or not len(dl): raise NoDataError("This Learner has no data to trace its model with. Give a batch: `learn.fold_bn(xb=...)`, a tensor or a tuple of the model's inputs.")
-    b = to_device(dl.one_batch(), next(iter(learn.model.parameters()), torch.zeros(1)).device)
+    b = to_device(first(dl) if isinstance(dl, torch.utils.data.DataLoader) else dl.one_batch(), next(iter(learn.model.parameters()), torch.zeros(1)).device)
     return _first(as_args(b[:getattr(learn.dls, 'n_inp', 1)] if isinstance(b, (tuple,list)) else (b,)), 2)
 
 def _has_valid(learn): return len(learn.dls.loaders)>1 and len(learn.dls.valid.dataset)>0 and len(learn.dls.valid)>0
