@@ -12,7 +12,7 @@ import torch, torchvision
 from fastai.vision.all import *
 from fastcore.script import call_parse
 from fastai_bnfold.all import *
-from fastai_bnfold.bn_stats import _alphas
+from fastai_bnfold.bn_stats import shares
 from fastai_bnfold.experiments import AutocastCPU, find_images, machine
 from fastai_bnfold.report import text_table
 
@@ -77,7 +77,7 @@ def measure(learn, bs, first):
         for a in alphas:
             learn.correct_bn(a); curves['population']['valid'][a] = validate()
     learn.correct_bn(per_layer=True, alphas=(best or .02,))
-    measured('population, α per layer', alpha=_alphas(learn.model))
+    measured('population, α per layer', alpha=shares(learn.model))
     return dict(results=res, curves=curves)
 
 def table(networks):

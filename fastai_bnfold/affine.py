@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, inf, nn
 
-# %% ../nbs/00_affine.ipynb #db764ced
+# %% ../nbs/00_affine.ipynb #42bd4907
 class FoldError(Exception): "Whatever goes wrong while folding; nothing was changed when it is raised"
-class StatisticsError(FoldError): "A batch norm's statistics or parameters are not finite numbers"
+class StatisticsError(FoldError): "A batch norm's statistics or parameters, or what was asked of them, are not usable"
 class TraceError(FoldError): "The model could not be run, or could not be traced, on the example batch"
 class VerificationError(FoldError): "The folded model did not reproduce the outputs; the fold was undone"
 class FoldedError(FoldError): "Not possible with a folded model: call `unfold_bn` first"
-class NoDataError(FoldError): "There is no batch to trace the model with"
+class NoDataError(FoldError): "There is no data to do it with"
 
 # %% ../nbs/00_affine.ipynb #62dc963d
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from fastai.callback.all import CSVLogger
 from fastai.callback.training import BnFreeze
 from torchvision.ops import FrozenBatchNorm2d
 from fastai_bnfold.all import *
-from fastai_bnfold.bn_stats import Moments, ItemStatistics, batch_norms, batch_statistics, _alphas, _choose
+from fastai_bnfold.bn_stats import Moments, ItemStatistics, batch_norms, batch_statistics, shares, _choose
 from fastai_bnfold.experiments import AutocastCPU
 from fastai_bnfold.folder import randomize_bn
 
@@ -168,12 +168,12 @@ class Interrupt(Callback):
 @pytest.mark.parametrize('what', ('reestimate','correct','per layer'))
 def test_interruption(fitted, what, at):
     l = trained(fitted); l.correct_bn({'1': .3}) if what!='reestimate' else None
-    before,y,alphas = state(l.model),preds(l),_alphas(l.model)
+    before,y,alphas = state(l.model),preds(l),shares(l.model)
     with l.added_cbs(Interrupt(at)), l.no_bar(), pytest.raises(KeyboardInterrupt):
         if what=='reestimate': l.reestimate_bn()
         elif what=='correct': l.correct_bn()
         else: l.correct_bn(per_layer=True, alphas=[.1], n=64)
-    assert same(before, l.model.state_dict()) and torch.equal(y, preds(l)) and _alphas(l.model)==alphas and len(hooks(l.model))==len(alphas)
+    assert same(before, l.model.state_dict()) and torch.equal(y, preds(l)) and shares(l.model)==alphas and len(hooks(l.model))==len(alphas)
     assert torch.is_grad_enabled() and len(l.metrics)==1
 
 def test_interruption_while_storing(learn, monkeypatch):
@@ -214,8 +214,10 @@ def test_augmentation_is_off():
 def test_torch_dataloaders(learn):
     dl = [torch.utils.data.DataLoader(items(64, s), 4) for s in (0,1)]
     l = Learner(DataLoaders(*dl), net(), loss_func=CrossEntropyLossFlat())
-    with l.no_bar(): l.reestimate_bn(); l.correct_bn(n=32); l.uncorrect_bn() if _alphas(l.model) else None; assert l.fold_bn(latency=0).n_folded==3
+    with l.no_bar(): l.reestimate_bn(); l.correct_bn(n=32)
     assert not torch.equal(l.model[1].running_mean, torch.zeros(8))
+    l.correct_bn(0)
+    with l.no_bar(): assert l.fold_bn(latency=0).n_folded==3
 
 def test_tabular():
     import pandas as pd
@@ -247,7 +249,7 @@ def test_item_statistics(d, a):
 
 def test_correct_and_uncorrect(learn):
     before,y = state(learn.model),preds(learn)
-    assert learn.correct_bn(.2) is None and _alphas(learn.model)=={'1': .2, '4': .2} # the BN1d has no positions
+    assert learn.correct_bn(.2) is None and shares(learn.model)=={'1': .2, '4': .2} # the BN1d has no positions
     z = preds(learn)
     assert (y-z).abs().max()>1e-3 and same(before, learn.model.state_dict())
     learn.correct_bn(.2); assert torch.equal(z, preds(learn)) and len(hooks(learn.model))==2 # replaced, not added
@@ -288,7 +290,7 @@ def test_export(learn, tmp_path):
     y = learn.model.eval()(x)
     learn.path = tmp_path; learn.export('m.pkl')
     new = load_learner(tmp_path/'m.pkl')
-    assert torch.equal(new.model.eval()(x), y) and _alphas(new.model)==_alphas(learn.model)
+    assert torch.equal(new.model.eval()(x), y) and shares(new.model)==shares(learn.model)
     for f in (new.reestimate_bn, partial(new.correct_bn)):
         with pytest.raises(FoldError): f()
     assert torch.equal(copy.deepcopy(learn.model).eval()(x), y)
@@ -301,13 +303,13 @@ def test_alpha_is_chosen(fitted):
         curve = l.correct_bn()
         best = curve.index[curve.chosen][0]
         assert best>0 and curve['training loss'].idxmin()==best and curve['training loss'][best]<curve['training loss'][0] and l.validate()[0]<loss
-        alphas = _alphas(l.model)
+        alphas = shares(l.model)
         each = l.correct_bn(per_layer=True)
-        assert each['training loss']['per layer']<=curve['training loss'][best] and each.chosen['per layer'] and _alphas(l.model).keys()==alphas.keys()
-        assert all(type(a) is float and 0<a<1 for a in _alphas(l.model).values()) and all(p.grad is None for p in l.model.parameters())
+        assert each['training loss']['per layer']<=curve['training loss'][best] and each.chosen['per layer'] and shares(l.model).keys()==alphas.keys()
+        assert all(type(a) is float and 0<a<1 for a in shares(l.model).values()) and all(p.grad is None for p in l.model.parameters())
     other = trained(fitted); other.dls.loaders[1] = other.dls.valid.new([(x, 1-y) for x,y in items(64, 7)])
     with other.no_bar(): other.correct_bn()
-    assert _alphas(other.model)==alphas
+    assert shares(other.model)==alphas
 
 def test_no_gain_no_change():
     "A share that is no significant gain is not taken"
@@ -348,7 +350,7 @@ def worker(rank, folder):
     torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
     l = learner()
     with l.no_bar(): l.reestimate_bn(bs=16, n_batches=8); c = l.correct_bn(n=128)
-    torch.save((l.model.state_dict(), _alphas(l.model), c['training loss'].to_dict()), f'{folder}/{rank}.pt')
+    torch.save((l.model.state_dict(), shares(l.model), c['training loss'].to_dict()), f'{folder}/{rank}.pt')
     torch.distributed.destroy_process_group()
 
 def test_two_processes(tmp_path):
