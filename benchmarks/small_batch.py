@@ -17,7 +17,7 @@ from fastai_bnfold.experiments import AutocastCPU, find_images, machine
 from fastai_bnfold.report import text_table
 
 size,epochs = 64,2
-all_runs = [(2,0),(4,0),(32,0),(8,0),(2,1),(4,1),(32,1),(2,2),(4,2),(32,2)]
+all_runs = [(2,0),(4,0),(32,0),(8,0),(2,1),(4,1),(32,1),(2,2),(4,2)]
 alphas = (.02,.05,.1,.15,.2,.3)
 
 def small_images(data, to):

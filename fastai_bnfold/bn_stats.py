@@ -68,7 +68,7 @@ def batch_statistics(model:nn.Module):
         for h in hooks: h.remove()
         for m,(mean,v) in old.items(): m.running_mean.copy_(mean); m.running_var.copy_(v)
 
-# %% ../nbs/09_bn_stats.ipynb #24e3c7cb
+# %% ../nbs/09_bn_stats.ipynb #ad7847f8
 def _process():
     "The rank of this process, and how many there are"
     d = torch.distributed
@@ -104,7 +104,7 @@ def _run_training(learn, n, bs, augment=False, seed=42, cb=None):
     "Run `learn.model` in eval mode on `n` random items of the training data, this process on its share of them; their losses"
     (rank,world),ds,cb = _process(),learn.dls.train.dataset,cb or _Losses()
     with no_random(seed, reproducible=False): # the same items in all processes
-        idxs = torch.randperm(len(ds))[:n][rank::world].tolist()
+        idxs = torch.randperm(len(ds))[:n//world*world or n][rank::world].tolist() # as many in every process
         if len(idxs)>bs: idxs = idxs[:len(idxs)//bs*bs]
         as_valid = ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') and not augment else nullcontext()
         with as_valid, evaluating(learn.model), _quietly(learn), learn.loss_not_reduced(): learn.validate(dl=_subset(learn.dls.train, idxs, bs), cbs=cb)
@@ -116,7 +116,7 @@ def _check(ok, what, got):
 def _unfolded(learn):
     if getattr(learn.model, 'bn_folded', False): raise FoldedError("This Learner is folded: its batch norms and their statistics are gone. Call `learn.unfold_bn()` first, and fold again afterwards.")
 
-# %% ../nbs/09_bn_stats.ipynb #94d9c657
+# %% ../nbs/09_bn_stats.ipynb #a1c492e0
 def _moves(bns, new):
     "How far the statistics of every BN move from what they are to `new`"
     def row(m, mean, v):
@@ -151,7 +151,8 @@ def reestimate_bn(self:Learner,
     n_batches = n_batches or max(1, 4096//bs)
     with batch_statistics(self.model) as seen: _run_training(self, n_batches*bs, bs, augment, seed)
     if _process()[1]>1:
-        for o in seen.values(): o.gather(one_param(self.model).device)
+        for o in seen.values():
+            if o.n: o.gather(one_param(self.model).device)
     new = {m: o.estimate(var) for m,o in seen.items() if o.n} # a BN that did not run keeps what it has
     for p,m in bns.items():
         if m in new and not all(torch.isfinite(o).all() for o in new[m]): raise StatisticsError(f"The input of `{p}` on training data is not finite: its statistics cannot be estimated. The training has probably diverged.")

@@ -1,0 +1,151 @@
+"BN as an exact fixed-point operation: right for every input, and the smallest"
+import math
+from decimal import Decimal as D, localcontext
+from fractions import Fraction
+import numpy as np, pytest, torch
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from fastai_bnfold.all import FoldError
+from fastai_bnfold.fixed_point import FixedPointBN, FixedPointError, exact_bn, fixed_point_bn, roundings
+from fastai_bnfold.folder import randomize_bn
+
+def make(weight, bias, mean, var, eps=1e-5, cls=nn.BatchNorm1d):
+    n = len(np.atleast_1d(weight))
+    m = cls(n, eps=eps).double().eval()
+    with torch.no_grad():
+        for p,v in ((m.weight,weight),(m.bias,bias),(m.running_mean,mean),(m.running_var,var)): p.copy_(torch.as_tensor(v, dtype=torch.float64))
+    return m
+
+def quantized(bn, x, in_scale, out_scale, qmin, qmax, rounding):
+    "One value, in decimal arithmetic with 120 digits: independent of the library"
+    with localcontext() as c:
+        c.prec = 120
+        g,b,m,v = (D(float(o)) for o in (bn.weight, bn.bias, bn.running_mean, bn.running_var))
+        y = (g*(D(x)*D(in_scale)-m)/(v+D(bn.eps)).sqrt()+b)/D(out_scale)
+        y = y.quantize(D(1).scaleb(-90)) # 1/3·3 is 1
+        low = math.floor(y); part = y-low
+        up = part>D('.5') or part==D('.5') and {'half_up': True, 'half_even': low%2==1, 'half_away': y>0}[rounding]
+        return min(max(low+up, qmin), qmax)
+
+nice = st.sampled_from([-2.,-1.,-.5,0.,.25,.5,1.,1.5,3.])
+numbers = st.one_of(nice, st.floats(-4, 4, allow_nan=False, allow_subnormal=False), st.sampled_from([1e-6,-1e-6,1e-30]))
+scales = st.one_of(st.sampled_from([.125,.25,.5,1.,2.]), st.floats(.01, 2))
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(numbers, numbers, numbers, st.one_of(st.sampled_from([.25,1.,4.]), st.floats(.01, 9)), st.sampled_from([0.,1e-5]), scales, scales,
+       st.integers(-150,50), st.integers(0,200), st.integers(1,4), st.booleans(), st.sampled_from(roundings))
+def test_every_input(g, b, m, v, eps, s_in, s_out, lo, width, bits, signed, rounding):
+    "Ties, one step, no step, negative and zero γ: exhaustively, against decimal arithmetic"
+    bn = make([g], [b], [m], [v], eps)
+    f = fixed_point_bn(bn, s_in, (lo,lo+width), s_out, bits, signed, rounding)
+    x = torch.arange(lo, lo+width+1)[:,None]
+    want = [quantized(bn, i, s_in, s_out, f.qmin, f.qmax, rounding) for i in range(lo, lo+width+1)]
+    assert f(x)[:,0].tolist()==want==exact_bn(x, bn, s_in, (lo,lo+width), s_out, bits, signed, rounding)[:,0].tolist()
+
+def by_search(q, lo, hi, n, qmin, qmax):
+    "Is there any (A, B) with this shift?"
+    top = (max(abs(qmin), abs(qmax))+1) << (n+1)
+    x = torch.arange(lo, hi+1)[None,None]
+    A,B = torch.arange(-top, top+1).view(-1,1,1),torch.arange(-4*top, 4*top+1).view(1,-1,1)
+    return bool((((A*x+B) >> n).clamp(qmin, qmax)==q).all(2).any())
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(numbers, numbers, numbers, st.floats(.1, 4), scales, scales, st.integers(-4,0), st.integers(0,4), st.integers(1,2), st.booleans())
+def test_optimal(g, b, m, v, s_in, s_out, lo, hi, bits, signed):
+    "One bit less is not feasible, by a search through all A and B"
+    f = fixed_point_bn(make([g], [b], [m], [v]), s_in, (lo,hi), s_out, bits, signed)
+    n = f.figures['n']
+    if n>4: return # too many to search
+    q = f(torch.arange(lo, hi+1)[:,None])[:,0]
+    assert by_search(q, lo, hi, n, f.qmin, f.qmax) and (n==0 or not by_search(q, lo, hi, n-1, f.qmin, f.qmax))
+
+@pytest.mark.parametrize('bits', (2,4,8))
+@pytest.mark.parametrize('signed', (False,True))
+def test_large_ranges(bits, signed):
+    "Ranges of 2**24: both edges of every step, against decimal arithmetic for some channels; all inputs of a sample"
+    bn = randomize_bn(nn.BatchNorm2d(24), seed=bits)
+    args = dict(in_scale=3e-6, in_range=(-2**23,2**23), out_scale=4/2**bits, out_bits=bits, signed=signed)
+    f = fixed_point_bn(bn, **args)
+    x = torch.randint(-2**23, 2**23+1, (20000,24)); x[0],x[1] = -2**23,2**23
+    assert torch.equal(f(x).long(), exact_bn(x, bn, **args))
+    steps = torch.arange(-2**23, 2**23+1, 997)[:,None].expand(-1,24)
+    y = f(steps); assert torch.equal(y.long(), exact_bn(steps, bn, **args))
+    for c in (0,4,8,12,20): # γ = -0.7, 0, 1e-6 and others
+        one = make(bn.weight[c:c+1].detach(), bn.bias[c:c+1].detach(), bn.running_mean[c:c+1], bn.running_var[c:c+1])
+        for i in x[:40,c].tolist(): assert int(f(torch.full((1,24), i))[0,c])==quantized(one, i, 3e-6, args['out_scale'], f.qmin, f.qmax, 'half_up')
+        change = (y[1:,c]!=y[:-1,c]).nonzero()[:,0].tolist()[:6]
+        for j in change: # the edge between two sampled inputs
+            a,z = int(steps[j,c]),int(steps[j+1,c]); ya = int(y[j,c])
+            while z-a>1:
+                mid = (a+z)//2
+                if int(f(torch.full((1,24), mid))[0,c])==ya: a = mid
+                else: z = mid
+            for i in (a,z): assert int(f(torch.full((1,24), i))[0,c])==quantized(one, i, 3e-6, args['out_scale'], f.qmin, f.qmax, 'half_up')
+
+def test_optimal_for_the_layer():
+    "With one bit less some channel has no A and B; plain rounding needs as much or more"
+    bn = randomize_bn(nn.BatchNorm2d(64))
+    for bits in (2,4,8):
+        f = fixed_point_bn(bn, 1e-4, (-2**18,2**18), 4/2**bits, bits)
+        assert f.figures['n']==f.figures['per_channel'].max() and f.figures['plain']['n']>=f.figures['n']
+        assert f.figures['bits_A']<=f.figures['plain']['bits_A'] and f.figures['accumulator']<=64
+
+def test_shapes_and_dtypes():
+    for d,cls in enumerate((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+        bn = randomize_bn(cls(5))
+        args = dict(in_scale=.01, in_range=(-500,500), out_scale=.2, out_bits=4)
+        f = fixed_point_bn(bn, **args)
+        for shape in ((3,5), (3,5,4), (3,5,4,2), (3,5,2,2,2)):
+            for dtype in (torch.int16, torch.int32, torch.int64):
+                x = torch.randint(-500, 501, shape, dtype=dtype); kept = x.clone()
+                assert torch.equal(f(x).long(), exact_bn(x, bn, **args)) and torch.equal(x, kept) and f(x).dtype==f.dtype
+    assert fixed_point_bn(bn, .01, (-5,5), .5, 1).dtype==torch.int32
+
+def test_intermediates_fit():
+    "What is computed in int32 is the same in int64"
+    for seed in range(20):
+        bn = randomize_bn(nn.BatchNorm1d(8), seed)
+        f = fixed_point_bn(bn, 1e-3, (-4000,3000), .3, 3)
+        if f.dtype!=torch.int32: continue
+        x = torch.arange(-4000, 3001)[:,None].expand(-1,8)
+        wide = FixedPointBN(f.A, f.B, f.n, f.qmin, f.qmax, torch.int64)
+        assert torch.equal(wide(x).int(), f(x))
+
+def test_scales_and_ranges_per_channel():
+    bn = randomize_bn(nn.BatchNorm1d(6))
+    s,lo,hi = torch.rand(6)*.01+.001,-torch.arange(100,106),torch.arange(200,206)
+    f = fixed_point_bn(bn, s, (lo,hi), .2, 4)
+    for c in range(6):
+        one = make(bn.weight[c:c+1].detach(), bn.bias[c:c+1].detach(), bn.running_mean[c:c+1], bn.running_var[c:c+1])
+        x = torch.arange(int(lo[c]), int(hi[c])+1)
+        y = f(x[:,None].expand(-1,6))[:,c].tolist()
+        assert y==[quantized(one, i, float(s[c]), .2, 0, 15, 'half_up') for i in x.tolist()]
+
+def test_no_affine_parameters():
+    bn = nn.BatchNorm1d(3, affine=False)
+    x = torch.arange(-50, 51)[:,None].expand(-1,3)
+    args = dict(in_scale=.1, in_range=(-50,50), out_scale=1., out_bits=3, signed=True)
+    assert torch.equal(fixed_point_bn(bn, **args)(x).long(), exact_bn(x, bn, **args))
+
+@pytest.mark.parametrize('change, words', [
+    (dict(in_scale=0.), 'positive'), (dict(in_scale=float('nan')), 'finite'), (dict(out_scale=-1.), 'positive'), (dict(in_range=(3,2)), 'empty'), (dict(in_range=(-2**63,5)), 'int64'),
+    (dict(in_range=(0,1.5)), 'integers'), (dict(out_bits=0), '1 to 16'), (dict(out_bits=2.5), '1 to 16'), (dict(rounding='up'), 'half_up'), (dict(in_scale=[1.,2.]), 'one per channel')])
+def test_mistakes(change, words):
+    args = dict(in_scale=.1, in_range=(-9,9), out_scale=1., out_bits=4) | change
+    with pytest.raises(FixedPointError, match=words): fixed_point_bn(nn.BatchNorm1d(3), **args)
+
+def test_bad_modules_and_inputs():
+    args = ((.1, (-9,9), 1., 4))
+    bn = nn.BatchNorm1d(3); bn.weight.data[1] = float('inf')
+    with pytest.raises(FixedPointError, match='finite'): fixed_point_bn(bn, *args)
+    for m in (nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3,3)):
+        with pytest.raises(FixedPointError, match='running statistics'): fixed_point_bn(m, *args)
+    f = fixed_point_bn(nn.BatchNorm1d(3), *args)
+    for x in (torch.randn(2,3), torch.ones(2,3).bool(), torch.ones(2,4).long(), torch.ones(3).long()):
+        with pytest.raises(FixedPointError): f(x)
+    assert issubclass(FixedPointError, FoldError)
+
+def test_does_not_fit():
+    "A tiny slope over a huge range needs more than 64 bits: an error, no overflow"
+    bn = make([1.], [0.], [2.**45], [1.])
+    with pytest.raises(FixedPointError, match='64 bits'): fixed_point_bn(bn, 1+2.**-40, (-2**55,2**55), 2.**52/3, 8)
