@@ -48,12 +48,13 @@ def trained(path, bs, seed, weights):
     return learn
 
 def measure(learn, bs, first):
-    "Validation loss and accuracy with each kind of statistics. For the `first` seed also: plain averages over batches of 64, a share with the old statistics, the losses over α, the folded networks"
+    "Validation loss and accuracy with each kind of statistics. For the `first` seed also the curves over α and the folded network; with batches of two all of them folded, averages over batches of 64, a share with the old statistics"
+    full = first and bs==2
     res,curves,trained = {},{},{k: v.clone() for k,v in learn.model.state_dict().items()}
     def validate(): return dict(zip(('loss','accuracy'), learn.validate()))
     def measured(name, **more):
         res[name] = validate() | more
-        if first:
+        if full or first and name in ('standard', 'population, batches of 64'):
             rep = learn.fold_bn(validate=False, latency=0)
             res[name]['folded'] = dict(n_bn=rep.n_bn, n_folded=rep.n_folded, max_err=rep.max_err) | (validate() if rep.n_folded else {})
             if rep.n_folded: learn.unfold_bn()
@@ -68,9 +69,9 @@ def measure(learn, bs, first):
         learn.reestimate_bn(bs=b, var=var, **kwargs)
         measured(f'{var}, batches of {"the training" if b==bs else b}')
     measured('standard')
-    if first and corrected('standard'): learn.uncorrect_bn()
-    for var in ('precise','population'): reestimated(bs, var, n_batches=512)
-    for var in ('precise','population') if first else ('population',): reestimated(64, var)
+    if full and corrected('standard'): learn.uncorrect_bn()
+    for var in ('precise','population'): reestimated(bs, var, n_batches=min(512, 4096//bs))
+    for var in ('precise','population') if full else ('population',): reestimated(64, var)
     best = corrected('population')
     if first:
         curves['population']['valid'] = {}

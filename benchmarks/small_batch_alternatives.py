@@ -60,26 +60,27 @@ def main(
     data:str='imagenette',         # As in `small_batch.py`
     weights:str='out/small_batch', # As in `small_batch.py`
     run:str='2/0',                 # Batch size/seed
-    steps:int=60,                  # Of gradient descent, 64 items each
+    steps:int=40,                  # Of gradient descent, 64 items each
+    every:int=2,                   # Validate on every so many-th image
     out:str='benchmarks/results/small_batch_alternatives.json' # Where the figures go
 ):
     "Compare other ways to better inference"
     group,seed = map(int, run.split('/'))
     learn = trained(small_images(data, Path(weights)/'images'), group, seed, weights)
+    some = list(range(0, len(learn.dls.valid_ds), every))
+    dl = learn.dls.valid.new(get_idxs=lambda: some, n=len(some), bs=64)
     amp,res = lambda: torch.autocast('cpu', torch.bfloat16),{}
-    dl = learn.dls.train.new(bs=64, shuffle=True, drop_last=True)
-    with no_random(): batches = [tuple(o.as_subclass(Tensor) for o in b) for b in itertools.islice(dl, steps)]
+    with no_random(): batches = [tuple(o.as_subclass(Tensor) for o in b) for b in itertools.islice(learn.dls.train.new(bs=64, shuffle=True, drop_last=True), steps)]
     def validate(name, model):
         old,learn.model = learn.model,model
-        with learn.no_bar(), learn.no_logging(): res[name] = dict(zip(('loss','accuracy'), learn.validate()))
+        with learn.no_bar(), learn.no_logging(): res[name] = dict(zip(('loss','accuracy'), learn.validate(dl=dl)))
         learn.model = old; print(name, res[name], flush=True)
     validate('standard', learn.model)
     teacher = in_training_mode(learn.model, group)
-    dl = learn.dls.valid.new(bs=64, drop_last=False)
+    xs,ys = (torch.cat([o.as_subclass(Tensor) for o in part]) for part in zip(*dl))
     def ensemble(k):
         "Mean prediction of the training mode over `k` draws of the other items, on the validation set"
-        ys,p = torch.tensor([y for _,y in learn.dls.valid_ds]),0
-        xs = torch.cat([x.as_subclass(Tensor) for x,_ in dl]); n = len(xs)//group*group
+        p,n = 0,len(xs)//group*group
         for i in range(k):
             r = torch.randperm(len(xs), generator=torch.Generator().manual_seed(i))[:n]
             with torch.no_grad(), amp(): q = torch.cat([teacher(b).float().softmax(1) for b in xs[r].split(64*group)])
@@ -111,5 +112,5 @@ def main(
         descend(logits, loss_alpha, batches, .15)
         for h in hooks: h.alpha = h.alpha.item()
         validate(f'population, α per layer by {name}', model)
-    Path(out).write_text(json.dumps(dict(machine=machine(), run=run, steps=steps, results=res), indent=1))
+    Path(out).write_text(json.dumps(dict(machine=machine(), run=run, steps=steps, n_valid=len(some), results=res), indent=1))
     print(text_table(['', 'accuracy', 'loss'], [[k, f"{100*r['accuracy']:.2f} %", f"{r['loss']:.3f}"] for k,r in res.items()]))

@@ -128,7 +128,7 @@ def test_no_affine_parameters():
     assert torch.equal(fixed_point_bn(bn, **args)(x).long(), exact_bn(x, bn, **args))
 
 @pytest.mark.parametrize('change, words', [
-    (dict(in_scale=0.), 'positive'), (dict(in_scale=float('nan')), 'finite'), (dict(out_scale=-1.), 'positive'), (dict(in_range=(3,2)), 'empty'), (dict(in_range=(-2**63,5)), 'int64'),
+    (dict(in_scale=0.), 'positive'), (dict(in_scale=float('nan')), 'finite'), (dict(out_scale=-1.), 'positive'), (dict(in_range=(3,2)), 'empty'), (dict(in_range=9), 'smallest and the largest'), (dict(in_range=(-2**63,5)), 'int64'),
     (dict(in_range=(0,1.5)), 'integers'), (dict(out_bits=0), '1 to 16'), (dict(out_bits=2.5), '1 to 16'), (dict(rounding='up'), 'half_up'), (dict(in_scale=[1.,2.]), 'one per channel')])
 def test_mistakes(change, words):
     args = dict(in_scale=.1, in_range=(-9,9), out_scale=1., out_bits=4) | change
