@@ -146,6 +146,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'fastai_bnfold/fixed_point.py'),
                                            'fastai_bnfold.fixed_point.IntegerNet._find_scales': ( 'fixed_point.html#integernet._find_scales',
                                                                                                   'fastai_bnfold/fixed_point.py'),
+                                           'fastai_bnfold.fixed_point.IntegerNet._is_integer_bn': ( 'fixed_point.html#integernet._is_integer_bn',
+                                                                                                    'fastai_bnfold/fixed_point.py'),
                                            'fastai_bnfold.fixed_point.IntegerNet._make': ( 'fixed_point.html#integernet._make',
                                                                                            'fastai_bnfold/fixed_point.py'),
                                            'fastai_bnfold.fixed_point.IntegerNet.forward': ( 'fixed_point.html#integernet.forward',

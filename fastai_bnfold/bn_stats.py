@@ -179,7 +179,7 @@ class ItemStatistics:
     def why_not_affine(self): return f'`correct_bn` gave the statistics of each item a share of α = {self.alpha:g} in its normalization, which is no fixed map (α = 0 would be, and folds)'
     def __repr__(self): return f'{type(self).__name__}(alpha={self.alpha:g})'
 
-# %% ../nbs/09_bn_stats.ipynb #39c3e58b
+# %% ../nbs/09_bn_stats.ipynb #500f2f17
 def _hooks(model): return [(p,m,i,h) for p,m in model.named_modules() for i,h in m._forward_pre_hooks.items() if isinstance(h, ItemStatistics)]
 
 def shares(model:nn.Module) -> dict: # BN path → α
@@ -268,7 +268,7 @@ def correct_bn(self:Learner,
         if alpha is not None: return _set_alphas(self.model, alpha if isinstance(alpha, dict) else common(alpha))
         n,losses,each = min(n, _n_training(self)),{},None
         bar = progress_bar([*sorted({0., *map(float, alphas)}), *['per layer']*per_layer], display=hasattr(self, 'progress'), leave=False)
-        with self.no_bar():
+        with self.removed_cbs([self.progress] if hasattr(self, 'progress') else []):
             for a in bar:
                 if a=='per layer': each = _descend(self, paths, _choose(losses), n, min(bs, getattr(self.dls.train, 'bs', None) or bs), seed)
                 losses[a] = losses_with(each or common(a))

@@ -266,7 +266,7 @@ def exact_bn(
     flat = z.transpose(0,1).reshape(len(first), -1).contiguous()
     return (qmin+torch.searchsorted(first, flat, right=True)).view(z.transpose(0,1).shape).transpose(0,1)
 
-# %% ../nbs/10_fixed_point.ipynb #8b619011
+# %% ../nbs/10_fixed_point.ipynb #1cd1b12f
 @dataclass
 class Ints:
     "Integer values that stand for `x·scale`"
@@ -334,9 +334,9 @@ class IntegerNet(nn.Module):
         for n in t.nodes:
             reads = [a for a in n.all_input_nodes if a in self.span]
             if n.op=='placeholder' and t.dtype(n).is_floating_point: self.span[n] = (-127,127)
-            elif op_of(n) in _bn and (c := n.args[0]) and op_of(c) in _conv and c.args[0] in self.span and t.users(c)==[n] and t.is_const(arguments(c)['weight']) and t.call(n):
+            elif self._is_integer_bn(t, n):
                 unsigned = [op_of(u) in _relu for u in t.users(n)]==[True]
-                self.span[n],self.bn_of[n] = ((0,top) if unsigned else (-(top+1)//2, top//2)),t.call(n).path
+                self.span[n],self.bn_of[n] = ((0,top) if unsigned else (-(top+1)//2, top//2)),t.call(n).path.replace('.','_')+f'_{n.name}'*(t.n_calls[t.call(n).module]>1)
             elif op_of(n) in _relu and reads: self.span[n] = (0,top)
             elif op_of(n) in _moves and reads: self.span[n] = self.span[reads[0]]
             elif op_of(n) in _add and [*n.args]==reads: self.span[n] = tuple(map(sum, zip(*(self.span[a] for a in reads))))
@@ -345,6 +345,13 @@ class IntegerNet(nn.Module):
             if n not in self.bn_of:
                 for a in reads: group[root(a)] = root(n)
         return {n: root(n) for n in group}
+
+    def _is_integer_bn(self, t, n):
+        "Is `n` the run of a module's own running statistics on a convolution of integers, which nobody else reads?"
+        if op_of(n) not in _bn or (c := n.args[0]).op!='call_function' or op_of(c) not in _conv or t.call(n) is None: return False
+        mean = arguments(n)['running_mean']
+        return c.args[0] in self.span and t.users(c)==[n] and t.is_const(arguments(c)['weight']) and \
+            isinstance(mean, Node) and mean.op=='get_attr' and t.tensor(mean) is getattr(t.call(n).module, 'running_mean', None)
 
     def _find_scales(self, group, batches):
         "A histogram of the magnitudes of all values that share a scale"
@@ -370,7 +377,7 @@ class IntegerNet(nn.Module):
         if isinstance(v['bias'], Node): shifted.running_mean -= t.const(v['bias']).to(shifted.running_mean.device)
         args = (s*self.scale[c.args[0]], (L,U), self.scale[n], self.bits, self.span[n][0]<0, self.rounding)
         self.weights[c] = (q.to(torch.int8), bool(max(-L.min(), U.max())>2**24))
-        name = self.bn_of[n] = self.bn_of[n].replace('.','_')
+        name = self.bn_of[n]
         self.bns[name] = fixed_point_bn(shifted, *args)
         self.bns[name].args = (shifted, *args)
 

@@ -1,12 +1,11 @@
 "BN as an exact fixed-point operation: right for every input, and the smallest"
-import math
+import copy, math
 from decimal import Decimal as D, localcontext
-from fractions import Fraction
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from fastai_bnfold.all import FoldError
-from fastai_bnfold.fixed_point import FixedPointBN, FixedPointError, exact_bn, fixed_point_bn, roundings
+from fastai_bnfold.fixed_point import FixedPointBN, FixedPointError, IntegerNet, exact_bn, fixed_point_bn, roundings
 from fastai_bnfold.folder import randomize_bn
 
 def make(weight, bias, mean, var, eps=1e-5, cls=nn.BatchNorm1d):
@@ -149,3 +148,73 @@ def test_does_not_fit():
     "A tiny slope over a huge range needs more than 64 bits: an error, no overflow"
     bn = make([1.], [0.], [2.**45], [1.])
     with pytest.raises(FixedPointError, match='64 bits'): fixed_point_bn(bn, 1+2.**-40, (-2**55,2**55), 2.**52/3, 8)
+
+# --- a network of integers
+
+def small(seed=0, cls=nn.BatchNorm2d):
+    "Convolution with and without bias, sum, strides, groups, maximum"
+    class Block(nn.Module):
+        def __init__(self, n): super().__init__(); self.c1,self.b1,self.c2,self.b2 = nn.Conv2d(n,n,3,1,1,groups=2),cls(n),nn.Conv2d(n,n,1,bias=False),cls(n)
+        def forward(self, x): return torch.relu(x+self.b2(self.c2(torch.relu(self.b1(self.c1(x))))))
+    torch.manual_seed(seed)
+    m = nn.Sequential(nn.Conv2d(3,8,3,2,1), cls(8), nn.ReLU(inplace=True), Block(8), nn.MaxPool2d(2), nn.Dropout(.3), Block(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,4))
+    return randomize_bn(m, seed).eval()
+
+@pytest.mark.parametrize('bits', (2,4,8))
+@pytest.mark.parametrize('seed', range(3))
+def test_integer_net(bits, seed):
+    "Bit-identical to exact arithmetic, for other batch and image sizes, too; close to the network in floating point at 8 bits; the model is not changed"
+    m = small(seed); before = copy.deepcopy(m.state_dict())
+    net = IntegerNet(m, [torch.randn(8,3,16,16) for _ in range(2)], bits)
+    assert len(net.bns)==5
+    for shape in ((8,3,16,16), (1,3,24,20)):
+        x = torch.randn(shape)
+        y = net(x); net.exact = True; assert torch.equal(y, net(x)); net.exact = False
+        assert torch.equal(copy.deepcopy(net)(x), y)
+        if bits==8: assert (y-m(x)).abs().max()/m(x).abs().max()<.15
+    assert all(torch.equal(v, before[k]) for k,v in m.state_dict().items())
+
+def test_integers_go_from_layer_to_layer():
+    "What every BN gets and puts out is of integer dtype, and within its bounds"
+    net = IntegerNet(small(), [torch.randn(8,3,16,16)], 4)
+    seen = []
+    for b in net.bns.values(): b.register_forward_hook(lambda b,a,o: seen.append((b, a[0], o)))
+    net(torch.randn(4,3,16,16))
+    assert len(seen)==5
+    for b,x,y in seen:
+        (lo,hi),c = b.args[2],(1,-1,1,1)
+        assert not x.is_floating_point() and not y.is_floating_point() and y.min()>=b.qmin and y.max()<=b.qmax
+        assert (x>=lo.view(c)).all() and (x<=hi.view(c)).all()
+    assert sum(b.qmin<0 for b,_,_ in seen)==2 # before the sums
+
+def test_integer_net_of_a_learner():
+    from fastai.basics import CrossEntropyLossFlat, DataLoaders, Learner
+    g = torch.Generator().manual_seed(0)
+    data = [(x,int(y)) for x,y in zip(torch.randn(40,3,16,16, generator=g), torch.randint(4, (40,), generator=g))]
+    learn = Learner(DataLoaders.from_dsets(data, data[:8], bs=8, num_workers=0), small(), loss_func=CrossEntropyLossFlat())
+    state = torch.get_rng_state()
+    net = learn.integer_net(4, n=16)
+    assert torch.equal(state, torch.get_rng_state()) and len(net.bns)==5
+    learn.fold_bn(latency=0, validate=False)
+    with pytest.raises(FixedPointError, match='no batch norm'): learn.integer_net(4)
+
+def test_shared_and_functional():
+    "A BN that runs twice gets two fixed-point operations; a functional one stays real"
+    class Shared(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b,self.bn,self.c = nn.Conv2d(3,4,3),nn.Conv2d(4,4,3),nn.BatchNorm2d(4),nn.Conv2d(4,4,3); self.register_buffer('m', torch.ones(4)); self.register_buffer('v', torch.ones(4)*2)
+        def forward(self, x):
+            x = torch.relu(self.bn(self.b(torch.relu(self.bn(self.a(x))))))
+            return torch.nn.functional.batch_norm(self.c(x), self.m, self.v).mean((2,3))
+    m = randomize_bn(Shared()).eval()
+    x = torch.randn(4,3,12,12)
+    net = IntegerNet(m, [x], 8)
+    y = net(x)
+    assert len(net.bns)==2 and (y-m(x)).abs().max()/m(x).abs().max()<.15
+    net.exact = True; assert torch.equal(y, net(x))
+
+def test_integer_net_mistakes():
+    for bits in (1,9,4.): 
+        with pytest.raises(FixedPointError, match='2 to 8'): IntegerNet(small(), [torch.randn(2,3,16,16)], bits)
+    with pytest.raises(FixedPointError, match='inputs'): IntegerNet(small(), [], 4)
+    with pytest.raises(FixedPointError, match='no batch norm'): IntegerNet(nn.Sequential(nn.Flatten(), nn.Linear(12,2)), [torch.randn(2,3,2,2)], 4)
+    assert len(fixed_point_bn(nn.BatchNorm1d(3), .1, (-9,9), 1., 4).figures)>=6

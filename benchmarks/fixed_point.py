@@ -1,0 +1,99 @@
+"""BN as a fixed-point operation, layer by layer, for networks trained on ImageNette, at 2, 4 and 8 bits.
+
+    python benchmarks/fixed_point.py [--data imagenette] [--weights nbs/tutorials/models] [--arch vgg16_bn,resnet50] [--out benchmarks/results/fixed_point.json]
+
+The networks of `nbs/tutorials/01_imagenette.ipynb` (96 px; trained now where the folder has no weights). For every BN: the smallest shift and the bits of
+A, B and the accumulator, the same for plain rounding and for a 32-bit multiplier, and how many of all possible inputs (every integer of the
+accumulator's range, every channel) float32 evaluation of the folded BN, `floor(a·x + b)`, gets wrong. Then the integer network end to end: are its
+predictions those of the same network with exact arithmetic?
+"""
+import json, time
+from pathlib import Path
+import numpy as np
+from fastai.vision.all import *
+from fastcore.script import call_parse
+from fastprogress.fastprogress import progress_bar
+from fastai_bnfold.all import *
+from fastai_bnfold.experiments import get_dls, machine, train
+from fastai_bnfold.fixed_point import _none, _parameters, _per_channel, _staircases, fixed_point_bn
+from fastai_bnfold.folder import randomize_bn
+from fastai_bnfold.report import text_table
+
+def float32_wrong(bn, in_scale, in_range, out_scale, bits, signed, rounding='half_up'):
+    "How many inputs float32 gets wrong, and how many there are, over all channels"
+    p = _parameters(bn, in_scale, out_scale)
+    lo,hi = (_per_channel(v, len(p['weight']), 'in_range', np.int64) for v in in_range)
+    qmin,qmax = (-2**(bits-1), 2**(bits-1)-1) if signed else (0, 2**bits-1)
+    s,down = _staircases(p, lo, hi, qmin, qmax, rounding)
+    a,z = (o[:,None] for o in (np.where(down, -hi, lo), np.where(down, -lo, hi)))
+    exact = np.where(s.l<_none, s.l, z+1)
+    inv = (1/np.sqrt((p['var']+p['eps']).astype(np.float32))).astype(np.float32)
+    g,b,m,s_in,s_out = (np.asarray(o, np.float32) for o in (np.abs(p['weight']), p['bias'], np.where(down, -p['mean'], p['mean']), p['in_scale'], p['out_scale']))
+    a32,b32 = (g*inv*s_in/s_out)[:,None], ((b-g*inv*m)/s_out+np.float32(.5))[:,None]
+    first,last = np.broadcast_to(a, exact.shape).copy(),np.broadcast_to(z+1, exact.shape).copy() # float32 is monotone, too: bisection
+    while (first<last).any():
+        mid = (first+last)//2
+        reached = np.floor(mid.astype(np.float32)*a32+b32) >= s.levels
+        first,last = np.where(reached | (first>=last), first, mid+1),np.where(reached, np.minimum(mid, last), last)
+    low,high = np.minimum(exact, first),np.maximum(exact, first) # between the two thresholds the output is wrong
+    before = np.maximum.accumulate(np.concatenate([a, high[:,:-1]], 1), 1)
+    return int(np.maximum(high-np.maximum(low, before), 0).sum()), int((hi-lo+1).sum())
+
+def accuracy_of(net, batches):
+    "Accuracy, and the outputs"
+    out = [net(x) for x,_ in batches]
+    return torch.cat([(o.argmax(1)==y).float() for o,(_,y) in zip(out, batches)]).mean().item(), torch.cat(out)
+
+def network(learn, n_end):
+    "All figures of one network, by bits"
+    dl = learn.dls.valid.new(shuffle=False, bs=16)
+    step = len(dl.dataset)//n_end
+    some = list(range(0, len(dl.dataset), step))[:n_end]
+    batches = [(x.as_subclass(Tensor), y.as_subclass(Tensor)) for x,y in dl.new(get_idxs=lambda: some, n=n_end)]
+    learn.model.eval()
+    with torch.no_grad(): res = {'float': dict(accuracy=accuracy_of(learn.model, batches)[0], n=n_end)}
+    for bits in (2,4,8):
+        t = time.perf_counter(); net = learn.integer_net(bits); t = time.perf_counter()-t
+        layers = {}
+        for name,b in net.bns.items():
+            f = b.figures
+            wrong,inputs = float32_wrong(*b.args)
+            layers[name] = dict(channels=len(b.A), **{k: f[k] for k in ('n','bits_A','bits_B','accumulator','plain','multiplier')}, dtype=str(b.dtype), float32_wrong=wrong, inputs=inputs,
+                                channel_n=[int(v) for v in np.percentile(f['per_channel'], (0,50,100))])
+        acc,fixed = accuracy_of(net, batches)
+        net.exact = True
+        same = torch.equal(fixed, accuracy_of(net, batches)[1])
+        res[bits] = dict(seconds=t, layers=layers, accuracy=acc, same=same)
+        print(f'{bits} bits: accuracy {acc:.4f} (float {res["float"]["accuracy"]:.4f}), same as exact: {same}, {t:.0f} s', flush=True)
+    return res
+
+def summary(r):
+    "One line per number of bits"
+    rows = []
+    for bits in ('2','4','8'):
+        L = r[bits]['layers'].values()
+        span = lambda f: (lambda v: f'{min(v)}-{max(v)}' if v else 'none')([x for x in map(f, L) if x is not None])
+        rows.append([bits, span(lambda l: l['n']), span(lambda l: l['plain'] and l['plain']['n']), span(lambda l: l['bits_A']), span(lambda l: l['plain'] and l['plain']['bits_A']), span(lambda l: l['accumulator']),
+                     f"{sum(l['multiplier']['wrong'] for l in L)} of {sum(l['channels'] for l in L):,}", f"{sum(l['float32_wrong'] for l in L):,} of {sum(l['inputs'] for l in L):.2e}", f"{r[bits]['accuracy']:.4f}", r[bits]['same']])
+    return text_table(['bits','n','plain n','bits of A','plain','accumulator','32-bit multiplier: wrong channels','float32: wrong inputs','accuracy','= exact'], rows)
+
+@call_parse
+def main(
+    data:str='imagenette',               # As in `bnfold reproduce`
+    weights:str='nbs/tutorials/models',  # Folder of trained weights
+    arch:str='resnet50,vgg16_bn',        # torchvision networks
+    size:int=96,                         # Of the images, pixels
+    n_end:int=128,                       # Validation images for the networks end to end
+    out:str='benchmarks/results/fixed_point.json' # Where the figures go
+):
+    "How small can BN be in fixed point?"
+    dls,res = get_dls(data, size),dict(machine=machine(), size=size, networks={})
+    bn = randomize_bn(nn.BatchNorm1d(26560))
+    t = time.perf_counter(); f = fixed_point_bn(bn, 1e-5, (-2**22,2**22), .02, 8)
+    res['all channels of ResNet-50 at once, 8 bits'] = dict(seconds=time.perf_counter()-t, n=f.figures['n'])
+    for a in arch.split(','):
+        print(f'\n{a}', flush=True)
+        learn,_ = train(a, dls, 5, bf16=True, weights=weights)
+        res['networks'][a] = json.loads(json.dumps(network(learn, n_end)))
+        Path(out).write_text(json.dumps(res, indent=1))
+        print(summary(res['networks'][a]))
