@@ -61,7 +61,7 @@ def main(
     weights:str='out/small_batch', # As in `small_batch.py`
     run:str='2/0',                 # Batch size/seed
     steps:int=40,                  # Of gradient descent, 64 items each
-    every:int=2,                   # Validate on every so many-th image
+    every:int=4,                   # Validate on every so many-th image
     out:str='benchmarks/results/small_batch_alternatives.json' # Where the figures go
 ):
     "Compare other ways to better inference"
