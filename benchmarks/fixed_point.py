@@ -1,6 +1,6 @@
 """BN as a fixed-point operation, layer by layer, for networks trained on ImageNette, at 2, 4 and 8 bits.
 
-    python benchmarks/fixed_point.py [--data imagenette] [--weights nbs/tutorials/models] [--arch vgg16_bn,resnet50] [--out benchmarks/results/fixed_point.json]
+    python benchmarks/fixed_point.py [--data imagenette] [--weights nbs/tutorials/models] [--arch resnet50,vgg16_bn] [--out benchmarks/results/fixed_point.json]
 
 The networks of `nbs/tutorials/01_imagenette.ipynb` (96 px; trained now where the folder has no weights). For every BN: the smallest shift and the bits of
 A, B and the accumulator, the same for plain rounding and for a 32-bit multiplier, and how many of all possible inputs (every integer of the
@@ -12,10 +12,9 @@ from pathlib import Path
 import numpy as np
 from fastai.vision.all import *
 from fastcore.script import call_parse
-from fastprogress.fastprogress import progress_bar
 from fastai_bnfold.all import *
 from fastai_bnfold.experiments import get_dls, machine, train
-from fastai_bnfold.fixed_point import _none, _parameters, _per_channel, _staircases, fixed_point_bn
+from fastai_bnfold.fixed_point import _none, _parameters, _per_channel, _staircases
 from fastai_bnfold.folder import randomize_bn
 from fastai_bnfold.report import text_table
 

@@ -41,7 +41,7 @@ class Moments:
         mean,between = m/n, (mm/n-(m/n)**2).clamp_min(0.)
         return mean, u/n if var=='precise' else v/n + between*(self.n/(self.n-1) if self.n>1 else 1.)
 
-# %% ../nbs/09_bn_stats.ipynb #e6fb6443
+# %% ../nbs/09_bn_stats.ipynb #8c8c7868
 def batch_norms(model:nn.Module) -> dict: # Module path → module
     "The batch norms of `model` that have running statistics; a `StatisticsError` if there is none"
     def is_bn(m): return all(isinstance(getattr(m, k, None), Tensor) for k in ('running_mean','running_var')) and not isinstance(m, nn.modules.instancenorm._InstanceNorm)
@@ -49,26 +49,30 @@ def batch_norms(model:nn.Module) -> dict: # Module path → module
     if not res: raise StatisticsError(f"{type(model).__name__} has no batch norm with running statistics (a folded one has lost them: call `unfold_bn` first).")
     return res
 
+def _statistics(ms): return {m: (m.running_mean.clone(), m.running_var.clone()) for m in ms}
+def _put(stats):
+    for m,(mean,v) in stats.items(): m.running_mean.copy_(mean); m.running_var.copy_(v)
+
 def _input(args, kwargs): return args[0] if args else next(iter(kwargs.values()))
 
 @contextmanager
 def batch_statistics(model:nn.Module):
     "While active, in eval mode, every BN normalizes by the statistics of its batch and collects them: yields BN → `Moments`"
     bns = batch_norms(model)
-    old,seen = {m: (m.running_mean.clone(), m.running_var.clone()) for m in bns.values()},{m: Moments() for m in bns.values()}
+    old,seen = _statistics(bns.values()),{m: Moments() for m in bns.values()}
     def collect(path, m, args, kwargs):
         x = _input(args, kwargs).detach(); n = x.numel()//x.shape[1]
         if n<2: raise StatisticsError(f"`{path}` gets {n} value per channel in a batch of {len(x)}: that has no variance. Give a batch size (`bs`) of at least 2.")
         v,mean = torch.var_mean(x if x.dtype==torch.float64 else x.float(), [d for d in range(x.ndim) if d!=1], correction=0)
         seen[m].add(mean, v, n)
-        m.running_mean.copy_(mean); m.running_var.copy_(v)
+        _put({m: (mean, v)})
     hooks = [m.register_forward_pre_hook(partial(collect, p), with_kwargs=True) for p,m in bns.items()]
     try: yield seen
     finally:
         for h in hooks: h.remove()
-        for m,(mean,v) in old.items(): m.running_mean.copy_(mean); m.running_var.copy_(v)
+        _put(old)
 
-# %% ../nbs/09_bn_stats.ipynb #ad7847f8
+# %% ../nbs/09_bn_stats.ipynb #aa06a498
 def _process():
     "The rank of this process, and how many there are"
     d = torch.distributed
@@ -100,14 +104,19 @@ def _quietly(learn):
         with learn.removed_cbs(L(cb for cb in learn.cbs if cb.name=='distributed_trainer')), _recorder_kept(learn): yield
     finally: learn._metrics = metrics
 
-def _run_training(learn, n, bs, augment=False, seed=42, cb=None):
-    "Run `learn.model` in eval mode on `n` random items of the training data, this process on its share of them; their losses"
-    (rank,world),ds,cb = _process(),learn.dls.train.dataset,cb or _Losses()
+@contextmanager
+def _training_items(learn, n, bs, augment=False, seed=42, process=(0,1)):
+    "A `DataLoader` of `n` random items of the training data, transformed as for validation if not `augment`; with `(rank, world)`, of this process's share of them"
+    (rank,world),ds = process,learn.dls.train.dataset
     with no_random(seed, reproducible=False): # the same items in all processes
         idxs = torch.randperm(len(ds))[:n//world*world or n][rank::world].tolist() # as many in every process
         if len(idxs)>bs: idxs = idxs[:len(idxs)//bs*bs]
-        as_valid = ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') and not augment else nullcontext()
-        with as_valid, evaluating(learn.model), _quietly(learn), learn.loss_not_reduced(): learn.validate(dl=_subset(learn.dls.train, idxs, bs), cbs=cb)
+        with ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') and not augment else nullcontext(): yield _subset(learn.dls.train, idxs, bs)
+
+def _run_training(learn, n, bs, augment=False, seed=42, cb=None):
+    "Run `learn.model` in eval mode on `n` random items of the training data, this process on its share of them; their losses"
+    cb = cb or _Losses()
+    with _training_items(learn, n, bs, augment, seed, _process()) as dl, evaluating(learn.model), _quietly(learn), learn.loss_not_reduced(): learn.validate(dl=dl, cbs=cb)
     return torch.cat(cb.losses)
 
 def _check(ok, what, got):
@@ -116,7 +125,7 @@ def _check(ok, what, got):
 def _unfolded(learn):
     if getattr(learn.model, 'bn_folded', False): raise FoldedError("This Learner is folded: its batch norms and their statistics are gone. Call `learn.unfold_bn()` first, and fold again afterwards.")
 
-# %% ../nbs/09_bn_stats.ipynb #a1c492e0
+# %% ../nbs/09_bn_stats.ipynb #c7042dad
 def _moves(bns, new):
     "How far the statistics of every BN move from what they are to `new`"
     def row(m, mean, v):
@@ -126,11 +135,9 @@ def _moves(bns, new):
 
 def _set_statistics(new):
     "BN → its running mean and variance; all of them or, after an interruption, none"
-    old = {m: (m.running_mean.clone(), m.running_var.clone()) for m in new}
-    def put(stats):
-        for m,(mean,v) in stats.items(): m.running_mean.copy_(mean); m.running_var.copy_(v)
-    try: put(new)
-    except BaseException: put(old); raise
+    old = _statistics(new)
+    try: _put(new)
+    except BaseException: _put(old); raise
 
 @patch
 @torch.no_grad()

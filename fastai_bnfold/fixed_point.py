@@ -6,20 +6,19 @@
 __all__ = ['roundings', 'FixedPointError', 'thresholds', 'Staircases', 'FixedPointBN', 'fixed_point_bn', 'exact_bn', 'Ints',
            'IntegerNet']
 
-# %% ../nbs/10_fixed_point.ipynb #3f6c3c09
+# %% ../nbs/10_fixed_point.ipynb #096d8963
 import copy, numpy as np, torch
-from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from torch import nn, Tensor
 from torch.ao.quantization.observer import HistogramObserver, PerChannelMinMaxObserver
 from torch.fx import Interpreter, Node
 from fastai.learner import Learner
-from fastai.torch_core import no_random, one_param, to_device
+from fastai.torch_core import one_param, to_device
 from fastcore.basics import patch
 from .affine import *
 from .trace import Trace, arguments, as_args, fresh, op_of, ops
-from .bn_stats import _n_training, _subset
+from .bn_stats import _n_training, _training_items
 
 # %% ../nbs/10_fixed_point.ipynb #b44c7278
 class FixedPointError(FoldError): "There is no fixed-point operation for what was given"
@@ -251,7 +250,7 @@ def fixed_point_bn(
     figures = dict(n=n, bits_A=_bits(A), bits_B=_bits(B), accumulator=acc, per_channel=shifts, plain=_plain(s, p, n, most), multiplier=_multiplier(s, p, most))
     return FixedPointBN(torch.from_numpy(np.where(down, -A, A)), torch.from_numpy(B), n, qmin, qmax, torch.int32 if acc<=32 else torch.int64, figures)
 
-# %% ../nbs/10_fixed_point.ipynb #18815726
+# %% ../nbs/10_fixed_point.ipynb #e3eb916b
 def exact_bn(
     x:Tensor,          # Integers, items × channels × any positions, within `in_range`
     bn:nn.Module, in_scale, in_range:tuple, out_scale:float, out_bits:int, signed:bool=False, rounding:str='half_up' # As in `fixed_point_bn`
@@ -261,12 +260,12 @@ def exact_bn(
     lo,hi = (_per_channel(v, len(p['weight']), 'in_range', np.int64) for v in in_range)
     qmin,qmax = (-2**(out_bits-1), 2**(out_bits-1)-1) if signed else (0, 2**out_bits-1)
     s,down = _staircases(p, lo, hi, qmin, qmax, rounding)
-    first = torch.from_numpy(np.where(s.l<_none, s.l, _none))                                # where level k is reached
+    first = torch.from_numpy(s.l) # where level k is reached
     z = torch.where(torch.from_numpy(down).view(1,-1,*[1]*(x.ndim-2)), -x.long(), x.long())
     flat = z.transpose(0,1).reshape(len(first), -1).contiguous()
     return (qmin+torch.searchsorted(first, flat, right=True)).view(z.transpose(0,1).shape).transpose(0,1)
 
-# %% ../nbs/10_fixed_point.ipynb #1cd1b12f
+# %% ../nbs/10_fixed_point.ipynb #8b5e8208
 @dataclass
 class Ints:
     "Integer values that stand for `x·scale`"
@@ -397,10 +396,7 @@ def integer_net(self:Learner,
     rounding:str='half_up' # As in `fixed_point_bn`
 ) -> IntegerNet:     # The Learner is not changed
     "A simulated integer network of the trained model; its classifier, behind the last BN, works in float64"
-    with no_random():
-        idxs = torch.randperm(_n_training(self))[:n].tolist()
-        dl = _subset(self.dls.train, idxs, min(32, n))
-        ds = dl.dataset
-        with ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') else nullcontext(): batches = [as_args(b[:getattr(self.dls, 'n_inp', 1)]) for b in dl]
+    _n_training(self)
+    with _training_items(self, n, min(32, n)) as dl: batches = [as_args(b[:getattr(self.dls, 'n_inp', 1)]) for b in dl]
     device = one_param(self.model).device
     return IntegerNet(self.model, to_device(batches, device), bits, rounding)

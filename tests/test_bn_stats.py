@@ -1,7 +1,6 @@
 "Re-estimated statistics and example-weighted inference"
-import copy, os, subprocess, sys
+import copy
 from functools import partial
-from pathlib import Path
 import pytest, torch
 from torch import nn
 import torch.nn.functional as F
