@@ -14,16 +14,13 @@ from fastai.vision.all import *
 from fastcore.script import call_parse
 from fastai_bnfold.all import *
 from fastai_bnfold.experiments import get_dls, machine, train
-from fastai_bnfold.fixed_point import _none, _parameters, _per_channel, _staircases
+from fastai_bnfold.fixed_point import _none, _task
 from fastai_bnfold.folder import randomize_bn
 from fastai_bnfold.report import text_table
 
-def float32_wrong(bn, in_scale, in_range, out_scale, bits, signed, rounding='half_up'):
+def float32_wrong(*args):
     "How many inputs float32 gets wrong, and how many there are, over all channels"
-    p = _parameters(bn, in_scale, out_scale)
-    lo,hi = (_per_channel(v, len(p['weight']), 'in_range', np.int64) for v in in_range)
-    qmin,qmax = (-2**(bits-1), 2**(bits-1)-1) if signed else (0, 2**bits-1)
-    s,down = _staircases(p, lo, hi, qmin, qmax, rounding)
+    p,lo,hi,s,down = _task(*args)
     a,z = (o[:,None] for o in (np.where(down, -hi, lo), np.where(down, -lo, hi)))
     exact = np.where(s.l<_none, s.l, z+1)
     inv = (1/np.sqrt((p['var']+p['eps']).astype(np.float32))).astype(np.float32)
@@ -37,6 +34,21 @@ def float32_wrong(bn, in_scale, in_range, out_scale, bits, signed, rounding='hal
     low,high = np.minimum(exact, first),np.maximum(exact, first) # between the two thresholds the output is wrong
     before = np.maximum.accumulate(np.concatenate([a, high[:,:-1]], 1), 1)
     return int(np.maximum(high-np.maximum(low, before), 0).sum()), int((hi-lo+1).sum())
+
+def random_layers(seeds=8, octaves=6):
+    "Layers of 64 random channels behind sums of 9·64 products of k-bit activations and 7-bit weights, for several scales of the input: bits, smallest shift, that of plain rounding"
+    rows = []
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        bn = nn.BatchNorm2d(64)
+        nn.init.uniform_(bn.weight, .5, 1.5); nn.init.normal_(bn.bias, 0, .5); bn.running_mean.normal_(); bn.running_var.uniform_(.5, 2)
+        for bits in (2,4,8):
+            top = 2**bits-1
+            U,std = 9*64*top*63, (9*64 * 63**2/3 * top*(2*top+1)/6)**.5 # of sums of uniform integers
+            for e in range(octaves):
+                f = fixed_point_bn(bn, 2.**e/std, (-U,U), 3/top, bits).figures
+                rows.append((bits, f['n'], f['plain']['n']))
+    return rows
 
 def accuracy_of(net, batches):
     "Accuracy, and the outputs"
@@ -90,6 +102,7 @@ def main(
     bn = randomize_bn(nn.BatchNorm1d(26560))
     t = time.perf_counter(); f = fixed_point_bn(bn, 1e-5, (-2**22,2**22), .02, 8)
     res['all channels of ResNet-50 at once, 8 bits'] = dict(seconds=time.perf_counter()-t, n=f.figures['n'])
+    res['random layers'] = random_layers()
     for a in arch.split(','):
         print(f'\n{a}', flush=True)
         learn,_ = train(a, dls, 5, bf16=True, weights=weights)

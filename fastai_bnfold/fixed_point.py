@@ -20,7 +20,7 @@ from .affine import *
 from .trace import Trace, arguments, as_args, fresh, op_of, ops
 from .bn_stats import _n_training, _training_items
 
-# %% ../nbs/10_fixed_point.ipynb #b44c7278
+# %% ../nbs/10_fixed_point.ipynb #6738d360
 class FixedPointError(FoldError): "There is no fixed-point operation for what was given"
 
 def _sign(lhs, c, v):
@@ -52,7 +52,7 @@ def thresholds(
     unsure = ~np.isfinite(t)
     lo,hi = lo[:,None],hi[:,None]
     with np.errstate(invalid='ignore'): unsure |= (np.abs(t-np.rint(t))<=err) & (t>lo-1-err) & (t<hi+1+err)
-    x = np.ceil(np.clip(np.nan_to_num(t), lo, hi+1.)).astype(np.int64)
+    x = np.clip(np.ceil(np.clip(np.nan_to_num(t), -2.**60, 2.**60)).astype(np.int64), lo, hi+1)
     F = Fraction
     for c in np.unique(np.nonzero(unsure)[0]):
         gamma,beta,mean,scale,var = (F(float(p[k][c])) for k in ('weight','bias','mean','in_scale','var'))
@@ -68,7 +68,7 @@ def thresholds(
             x[c,k] = a
     return x
 
-# %% ../nbs/10_fixed_point.ipynb #2f10492e
+# %% ../nbs/10_fixed_point.ipynb #b763bd35
 _none = 2**60 # no condition; real x are smaller than 2**56, so that a difference with it stays above 2**59
 
 @dataclass
@@ -102,6 +102,11 @@ class Staircases:
             ok = (lo<=hi) | (mid>most)
             a,z = np.where(ok | (a>=z), a, mid+1), np.where(ok, np.minimum(z, mid), z)
         return a
+
+    def is_empty(self, c:int) -> bool:
+        "Is there no solution for channel `c` at any shift?"
+        least = max(Fraction(d, int(v)) for d,v in enumerate(self.near[c]) if v<_none//2)
+        return any(v>0 and Fraction(e, int(v))<=least for e,v in enumerate(self.far[c], 1))
 
     def intercepts(self, A:np.ndarray, n:np.ndarray) -> tuple:
         "The smallest and the largest B, for the slopes `A` and the shifts `n`, one per channel"
@@ -149,7 +154,7 @@ class FixedPointBN(nn.Module):
         return (x.to(self.dtype)*self.A.view(s)).add_(self.B.view(s)).bitwise_right_shift_(self.n).clamp_(self.qmin, self.qmax)
     def extra_repr(self): return f'{len(self.A)} channels, n={self.n}, outputs {self.qmin}..{self.qmax}, {str(self.dtype).removeprefix("torch.")}'
 
-# %% ../nbs/10_fixed_point.ipynb #1ef71d37
+# %% ../nbs/10_fixed_point.ipynb #27a0ef62
 roundings = ('half_up','half_even','half_away')
 
 def _check(ok, what, got, expected):
@@ -178,10 +183,10 @@ def _parameters(bn, in_scale, out_scale):
     _check((p['var']+bn.eps>0).all(), '`running_var + eps`', p['var'].min()+bn.eps, 'positive numbers')
     return p | dict(eps=float(bn.eps), out_scale=float(out))
 
-def _staircases(p, lo, hi, qmin, qmax, rounding):
-    "The staircases of all channels, climbed from the left; which of them were mirrored; those without a step"
+def _staircases(p, lo, hi, levels, rounding):
+    "The staircases of all channels, climbed from the left; which of them were mirrored"
     g = p['weight']
-    down,flat,levels = g<0,g==0,np.arange(qmin+1, qmax+1)
+    down,flat = g<0,g==0
     p = p | dict(weight=np.where(flat, 1., np.abs(g)), mean=np.where(down, -p['mean'], p['mean']))
     a,z = np.where(down, -hi, lo),np.where(down, -lo, hi)
     x = thresholds(p, a, z, levels, rounding)
@@ -193,6 +198,17 @@ def _staircases(p, lo, hi, qmin, qmax, rounding):
     l = np.where(x<=z[:,None], np.maximum(x, a[:,None]), _none)
     u = np.where(x>a[:,None], np.minimum(x-1, z[:,None]), -_none)
     return Staircases(l, u, levels), down
+
+def _task(bn, in_scale, in_range, out_scale, out_bits, signed=False, rounding='half_up'):
+    "What was asked for, checked: parameters, ends of the range per channel, staircases, and which of them were mirrored"
+    p = _parameters(bn, in_scale, out_scale)
+    _check(isinstance(in_range, (tuple,list)) and len(in_range)==2, '`in_range`', in_range, 'the smallest and the largest input')
+    lo,hi = (_per_channel(v, len(p['weight']), 'in_range', np.int64) for v in in_range)
+    _check((lo<=hi).all(), '`in_range`', (int(lo[lo>hi][0]), int(hi[lo>hi][0])) if (lo>hi).any() else '', 'a range that is not empty')
+    _check(isinstance(out_bits, int) and 1<=out_bits<=16, '`out_bits`', out_bits, 'an integer from 1 to 16')
+    _check(rounding in roundings, '`rounding`', repr(rounding), f"one of {', '.join(roundings)}")
+    qmin,qmax = (-2**(out_bits-1), 2**(out_bits-1)-1) if signed else (0, 2**out_bits-1)
+    return p,lo,hi,*_staircases(p, lo, hi, np.arange(qmin+1, qmax+1), rounding)
 
 def _real(p):
     "|a| and b of every channel, in float64"
@@ -230,42 +246,33 @@ def fixed_point_bn(
     rounding:str='half_up' # Or 'half_even', 'half_away' (from zero)
 ) -> FixedPointBN:
     "The integer operation with the smallest shift, and then the fewest bits, that equals BN and quantizer for every input in the range. `.figures` tells its size"
-    p = _parameters(bn, in_scale, out_scale)
-    C = len(p['weight'])
-    _check(isinstance(in_range, (tuple,list)) and len(in_range)==2, '`in_range`', in_range, 'the smallest and the largest input')
-    lo,hi = (_per_channel(v, C, 'in_range', np.int64) for v in in_range)
-    _check((lo<=hi).all(), '`in_range`', (int(lo[lo>hi][0]), int(hi[lo>hi][0])) if (lo>hi).any() else '', 'a range that is not empty')
-    _check(isinstance(out_bits, int) and 1<=out_bits<=16, '`out_bits`', out_bits, 'an integer from 1 to 16')
-    _check(rounding in roundings, '`rounding`', repr(rounding), f"one of {', '.join(roundings)}")
-    qmin,qmax = (-2**(out_bits-1), 2**(out_bits-1)-1) if signed else (0, 2**out_bits-1)
-    s,down = _staircases(p, lo, hi, qmin, qmax, rounding)
-    most = 60-out_bits
+    p,lo,hi,s,down = _task(bn, in_scale, in_range, out_scale, out_bits, signed, rounding)
+    C,most = len(lo),60-out_bits
     shifts = s.shifts(most)
     n = int(shifts.max())
     big = max(abs(int(lo.min())), abs(int(hi.max())), 1)
+    if n>most and s.is_empty(c := int(shifts.argmax())):
+        raise FixedPointError(f"Rounding '{rounding}' makes channel {c} a staircase that no fixed-point operation has: its ties go up and down in turn. Use rounding='half_up'.")
     if n>most or int(s.slopes(np.full(C, n))[0].max())*big >= 2**62:
         raise FixedPointError(f"The smallest exact fixed-point operation does not fit into 64 bits (channel {int(shifts.argmax())} needs a shift of {n} or more). Narrow `in_range`, or use fewer `out_bits`.")
     A,B = _choose(s, np.full(C, n))
     acc = _accumulator(np.where(down, -A, A), B, lo, hi)
     figures = dict(n=n, bits_A=_bits(A), bits_B=_bits(B), accumulator=acc, per_channel=shifts, plain=_plain(s, p, n, most), multiplier=_multiplier(s, p, most))
-    return FixedPointBN(torch.from_numpy(np.where(down, -A, A)), torch.from_numpy(B), n, qmin, qmax, torch.int32 if acc<=32 else torch.int64, figures)
+    return FixedPointBN(torch.from_numpy(np.where(down, -A, A)), torch.from_numpy(B), n, int(s.levels[0])-1, int(s.levels[-1]), torch.int32 if acc<=32 else torch.int64, figures)
 
-# %% ../nbs/10_fixed_point.ipynb #e3eb916b
+# %% ../nbs/10_fixed_point.ipynb #5ff1f3f0
 def exact_bn(
     x:Tensor,          # Integers, items × channels × any positions, within `in_range`
     bn:nn.Module, in_scale, in_range:tuple, out_scale:float, out_bits:int, signed:bool=False, rounding:str='half_up' # As in `fixed_point_bn`
 ) -> Tensor:           # int64
     "The reference: BN and quantizer in exact arithmetic"
-    p = _parameters(bn, in_scale, out_scale)
-    lo,hi = (_per_channel(v, len(p['weight']), 'in_range', np.int64) for v in in_range)
-    qmin,qmax = (-2**(out_bits-1), 2**(out_bits-1)-1) if signed else (0, 2**out_bits-1)
-    s,down = _staircases(p, lo, hi, qmin, qmax, rounding)
+    _,_,_,s,down = _task(bn, in_scale, in_range, out_scale, out_bits, signed, rounding)
     first = torch.from_numpy(s.l) # where level k is reached
     z = torch.where(torch.from_numpy(down).view(1,-1,*[1]*(x.ndim-2)), -x.long(), x.long())
     flat = z.transpose(0,1).reshape(len(first), -1).contiguous()
-    return (qmin+torch.searchsorted(first, flat, right=True)).view(z.transpose(0,1).shape).transpose(0,1)
+    return (int(s.levels[0])-1+torch.searchsorted(first, flat, right=True)).view(z.transpose(0,1).shape).transpose(0,1)
 
-# %% ../nbs/10_fixed_point.ipynb #8b5e8208
+# %% ../nbs/10_fixed_point.ipynb #549835b0
 @dataclass
 class Ints:
     "Integer values that stand for `x·scale`"
@@ -371,7 +378,7 @@ class IntegerNet(nn.Module):
         q = (w.double()/s.view(-1,*[1]*(w.ndim-1))).round().clamp(-top, top).long()
         lo,hi = self.span[c.args[0]]
         ends = torch.stack([(q*lo).flatten(1), (q*hi).flatten(1)])
-        L,U = (ends.amin(0).sum(1), ends.amax(0).sum(1)) if hi>=0>=lo else (None,None)
+        L,U = ends.amin(0).sum(1),ends.amax(0).sum(1) # every range contains the 0 of the padding
         shifted = copy.deepcopy(bn).double() # the bias of the convolution goes into the mean
         if isinstance(v['bias'], Node): shifted.running_mean -= t.const(v['bias']).to(shifted.running_mean.device)
         args = (s*self.scale[c.args[0]], (L,U), self.scale[n], self.bits, self.span[n][0]<0, self.rounding)

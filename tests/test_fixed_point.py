@@ -1,5 +1,6 @@
 "BN as an exact fixed-point operation: right for every input, and the smallest"
 import copy, math
+from fractions import Fraction
 from decimal import Decimal as D, localcontext
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -40,6 +41,35 @@ def test_every_input(g, b, m, v, eps, s_in, s_out, lo, width, bits, signed, roun
     x = torch.arange(lo, lo+width+1)[:,None]
     want = [quantized(bn, i, s_in, s_out, f.qmin, f.qmax, rounding) for i in range(lo, lo+width+1)]
     assert f(x)[:,0].tolist()==want==exact_bn(x, bn, s_in, (lo,lo+width), s_out, bits, signed, rounding)[:,0].tolist()
+
+ulps = st.integers(-2,2)
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(st.integers(-40,40), st.integers(-400,400), st.integers(0,6), ulps, ulps, st.integers(1,4), st.booleans(), st.sampled_from(roundings), st.sampled_from([60,2**12,2**24]))
+def test_next_to_a_lattice_point(A, B, m, da, db, bits, signed, rounding, width):
+    "a and b are A/2^m and B/2^m, or a few units in the last place beside them: every input, or in long ranges both sides of every step"
+    a,b = A/2**m, B/2**m-.5
+    for _ in range(abs(da)): a = math.nextafter(a, math.inf*da)
+    for _ in range(abs(db)): b = math.nextafter(b, math.inf*db)
+    bn = make([a], [b], [0.], [1.], 0.)
+    lo,args = -width//2,(1., (-width//2,width//2), 1., bits, signed, rounding)
+    qmin,qmax = (-2**(bits-1), 2**(bits-1)-1) if signed else (0, 2**bits-1)
+    a,b,half = Fraction(a),Fraction(b),Fraction(1,2)
+    around = {0} | {math.floor((k-half-b)/a)+j for k in range(qmin, qmax+2) for j in range(-2,4)} if a else {0}
+    xs = sorted({lo,-lo} | {i for i in around if lo<=i<=-lo}) if width>100 else range(lo, -lo+1)
+    def want(i):
+        y = a*i+b; low = math.floor(y)
+        up = y-low>half or y-low==half and {'half_up': True, 'half_even': low%2==1, 'half_away': y>0}[rounding]
+        return min(max(low+up, qmin), qmax)
+    x,want = torch.tensor(xs)[:,None],[want(i) for i in xs]
+    assert exact_bn(x, bn, *args)[:,0].tolist()==want
+    try: f = fixed_point_bn(bn, *args)
+    except FixedPointError as e: # ties that go up, down and up again are on no line
+        assert rounding=='half_even' and 'half_up' in str(e)
+        ties = [i for i in range(lo, -lo+1) if (a*i+b-half).denominator==1 and qmin<=a*i+b<=qmax] if a else []
+        assert len(ties)>2
+    else:
+        assert f(x)[:,0].tolist()==want
+        if da==db==0 and rounding=='half_up': assert f.figures['n']<=m
 
 def by_search(q, lo, hi, n, qmin, qmax):
     "Is there any (A, B) with this shift?"
@@ -126,6 +156,10 @@ def test_no_affine_parameters():
     args = dict(in_scale=.1, in_range=(-50,50), out_scale=1., out_bits=3, signed=True)
     assert torch.equal(fixed_point_bn(bn, **args)(x).long(), exact_bn(x, bn, **args))
 
+def test_both_ways_check_what_they_get():
+    for f in (lambda *a: fixed_point_bn(nn.BatchNorm1d(3), *a), lambda *a: exact_bn(torch.ones(1,3).long(), nn.BatchNorm1d(3), *a)):
+        with pytest.raises(FixedPointError, match='empty'): f(.1, (3,2), 1., 4)
+
 @pytest.mark.parametrize('change, words', [
     (dict(in_scale=0.), 'positive'), (dict(in_scale=float('nan')), 'finite'), (dict(out_scale=-1.), 'positive'), (dict(in_range=(3,2)), 'empty'), (dict(in_range=9), 'smallest and the largest'), (dict(in_range=(-2**63,5)), 'int64'),
     (dict(in_range=(0,1.5)), 'integers'), (dict(out_bits=0), '1 to 16'), (dict(out_bits=2.5), '1 to 16'), (dict(rounding='up'), 'half_up'), (dict(in_scale=[1.,2.]), 'one per channel')])
@@ -147,7 +181,10 @@ def test_bad_modules_and_inputs():
 def test_does_not_fit():
     "A tiny slope over a huge range needs more than 64 bits: an error, no overflow"
     bn = make([1.], [0.], [2.**45], [1.])
-    with pytest.raises(FixedPointError, match='64 bits'): fixed_point_bn(bn, 1+2.**-40, (-2**55,2**55), 2.**52/3, 8)
+    args = (1+2.**-40, (-2**55,2**55), 2.**52/3, 8)
+    with pytest.raises(FixedPointError, match='64 bits'): fixed_point_bn(bn, *args)
+    ends = [-2**55, -1, 2**45, 2**54+1, 2**55-1, 2**55] # float64 has no 2**55-1
+    assert exact_bn(torch.tensor(ends)[:,None], bn, *args)[:,0].tolist()==[quantized(bn, i, args[0], args[2], 0, 255, 'half_up') for i in ends]
 
 # --- a network of integers
 
