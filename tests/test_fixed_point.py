@@ -235,6 +235,27 @@ def test_integer_net_of_a_learner():
     learn.fold_bn(latency=0, validate=False)
     with pytest.raises(FixedPointError, match='no batch norm'): learn.integer_net(4)
 
+@pytest.mark.parametrize('bits', (2,4,8))
+def test_trained_parameters(bits):
+    "A network trained on the digits: both sides of every step of every channel against decimal arithmetic; all inputs of one layer"
+    from fastai.basics import Learner
+    from fastai_bnfold.experiments import digits_dls
+    torch.manual_seed(0)
+    learn = Learner(digits_dls(size=16, bs=64), nn.Sequential(small()[:-1], nn.Linear(8,10)))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
+    for b in learn.integer_net(bits, n=64).bns.values():
+        bn,s_in,(L,U),s_out,_,signed,rounding = b.args
+        for c in range(0, len(b.A), 3):
+            one = make(*(getattr(bn, k)[c:c+1].detach() for k in ('weight','bias','running_mean','running_var')), eps=bn.eps)
+            lo,hi = int(L[c]),int(U[c])
+            def got(i): return int(b(torch.full((1,len(b.A)), i))[0,c])
+            def edges(a, z): # all (i, i+1) in [a, z] with different outputs
+                if got(a)==got(z): return []
+                return [a,z] if z-a==1 else edges(a, (a+z)//2)+edges((a+z)//2, z)
+            for i in {lo, hi, *edges(lo, hi)}: assert got(i)==quantized(one, i, float(s_in[c]), s_out, b.qmin, b.qmax, rounding)
+    x = torch.arange(int(L.max()), int(U.min())+1)[:,None].expand(-1,len(b.A))
+    assert torch.equal(b(x).long(), exact_bn(x, *b.args))
+
 def test_shared_and_functional():
     "A BN that runs twice gets two fixed-point operations; a functional one stays real"
     class Shared(nn.Module):
