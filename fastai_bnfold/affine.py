@@ -6,9 +6,9 @@
 __all__ = ['FoldError', 'StatisticsError', 'TraceError', 'VerificationError', 'FoldedError', 'NoDataError', 'Affine',
            'absorb_out', 'absorb_in', 'absorb_tap', 'clamp_after', 'clamp_before', 'Clamp', 'stored']
 
-# %% ../nbs/00_affine.ipynb #e35c4bc6
+# %% ../nbs/00_affine.ipynb #c3a4c6f1
 from dataclasses import dataclass
-import torch
+import torch, torch.nn.functional as F
 from torch import Tensor, inf, nn
 
 # %% ../nbs/00_affine.ipynb #42bd4907
@@ -156,13 +156,11 @@ class Clamp(nn.Module):
         return x.clamp_max(hi) if self.lo is None else x.clamp_min(self.lo.to(x.dtype)).clamp_max_(hi)
     def extra_repr(self): return ', '.join(f"{k} {tuple(b.shape)}" for k,b in self.named_buffers())
 
-# %% ../nbs/00_affine.ipynb #cb025f3a
+# %% ../nbs/00_affine.ipynb #870e173c
 def stored(
     x:Tensor,    # float64
     like:Tensor  # The tensor whose dtype, device and memory format the result gets
 ) -> Tensor:
     "`x` as it is stored in a model: rounded once, subnormals flushed to zero"
-    x = x.to(like.dtype)
-    x = torch.where(x.abs() < torch.finfo(like.dtype).tiny, torch.zeros_like(x), x)
-    if x.shape != like.shape: return x.to(like.device).contiguous()
-    return torch.empty_like(like, memory_format=torch.preserve_format).copy_(x)
+    new = torch.empty_like(like, memory_format=torch.preserve_format) if x.shape==like.shape else like.new_empty(x.shape)
+    return F.hardshrink(new.copy_(x), torch.finfo(like.dtype).tiny)

@@ -22,7 +22,7 @@ from .folder import *
 from .latency import *
 from .latency import median, ratio
 
-# %% ../nbs/06_learner.ipynb #1d3bbe96
+# %% ../nbs/06_learner.ipynb #eba07cf1
 class _Classes(Callback):
     "Collect the predicted class of every validation item"
     name,order = 'gather_preds',99
@@ -31,7 +31,7 @@ class _Classes(Callback):
         decodes = getattr(self.learn.loss_func, 'decodes', None)
         if decodes is None or not isinstance(self.pred, Tensor): return
         c = decodes(getattr(self.learn.loss_func, 'activation', noop)(self.pred.detach()))
-        if not c.is_floating_point(): self.classes.append(c.as_subclass(Tensor).cpu())
+        if not c.is_floating_point(): self.classes.append(self.learn.to_detach(c.as_subclass(Tensor))) # those of all processes
 
 @contextmanager
 def _recorder_kept(learn):
@@ -60,7 +60,7 @@ def _changed(before, after) -> int:
     "How many items have another class (for a segmentation: any pixel of another class)"
     return sum(int((x!=y).reshape(len(x),-1).any(1).sum()) for x,y in zip(before, after))
 
-# %% ../nbs/06_learner.ipynb #3b8dd019
+# %% ../nbs/06_learner.ipynb #4c62eb6b
 _folds = WeakKeyDictionary() # Learner → (its BNFolder, its optimizer)
 
 def _learner_batch(learn):
@@ -75,7 +75,19 @@ def _has_valid(learn): return len(learn.dls.loaders)>1 and len(learn.dls.valid.d
 
 def _first(args, n):
     "The first `n` items of every input tensor"
-    return torch.utils._pytree.tree_map(lambda o: o[:n] if isinstance(o, Tensor) and o.ndim else o, args)
+    return map_tensors(lambda o: o[:n] if o.ndim else o, args)
+
+@contextmanager
+def _all_or_none(learn):
+    "Inside `distrib_ctx`: what fails on one process fails on all, so that none waits for another"
+    error = None
+    try: yield
+    except BaseException as e: error = e
+    if hasattr(learn, 'distributed_trainer'):
+        said = [None]*num_distrib()
+        torch.distributed.all_gather_object(said, error and f'{type(error).__name__}: {error}')
+        if not error and any(said): raise FoldError(f"Nothing was folded, because folding failed on another process: {'; '.join(f'process {i}: {s}' for i,s in enumerate(said) if s)}")
+    if error: raise error
 
 @patch
 def fold_bn(self:Learner,
@@ -87,21 +99,24 @@ def fold_bn(self:Learner,
 ) -> FoldReport:          # A table in a notebook
     "Fold the batch norms of the model in place, and show that nothing changed; `unfold_bn` undoes it"
     if getattr(self.model, 'bn_folded', False): raise FoldedError("This Learner is folded already. `learn.unfold_bn()` brings the trainable model back.")
-    args = _learner_batch(self) if xb is None else as_args(xb)
-    folder = BNFolder(verify, costly)
-    folder.fold(self.model, args, inplace=True)
-    rep,swaps = folder.report,folder._swaps
-    if validate and not _has_valid(self): validate = False; rep.notes.append('The Learner has no validation set: the metrics could not be compared.')
+    folder,opt = BNFolder(verify, costly),self.opt
     try:
-        swaps.undo(); before = _validate(self) if validate else ({}, None)
-        swaps.redo(); after = _validate(self) if validate else ({}, None)
-        rep.metrics_before,rep.metrics_after = before[0],after[0]
-        if before[1]: rep.n_items,rep.n_changed = sum(map(len, before[1])),_changed(before[1], after[1])
-        if latency and rep.n_folded:
-            rep.latency_before,rep.latency_after,rep.speedup = _latency(self.model, _first(args, 1), swaps, latency)
-    except BaseException: swaps.undo(); raise
-    if rep.n_folded: _folds[self],self.opt = (folder, self.opt),None # it holds the old parameters; `export` could not match it with the new
-    return rep
+        with _all_or_none(self):
+            args = _learner_batch(self) if xb is None else as_args(xb)
+            folder.fold(self.model, args, inplace=True)
+        rep,swaps = folder.report,folder._swaps
+        if validate and not _has_valid(self): validate = False; rep.notes.append('The Learner has no validation set: the metrics could not be compared.')
+        if validate:
+            swaps.undo(); rep.metrics_before,before = _validate(self)
+            swaps.redo(); rep.metrics_after,after = _validate(self)
+            if before: rep.n_items,rep.n_changed = sum(map(len, before)),_changed(before, after)
+        if latency and rep.n_folded: rep.latency_before,rep.latency_after,rep.speedup = _latency(self.model, _first(args, 1), swaps, latency)
+        if rep.n_folded: _folds[self],self.opt = (folder, opt),None # it holds the old parameters; `export` could not match it with the new
+        return rep
+    except BaseException:
+        if folder._swaps: folder.unfold()
+        _folds.pop(self, None); self.opt = opt
+        raise
 
 def _latency(model, args, swaps, seconds):
     "Median seconds unfolded and folded, in turns, and the median ratio"

@@ -16,7 +16,7 @@ from .rules import *
 from .rules import backward_rules, forward_rules
 from .report import *
 
-# %% ../nbs/04_plan.ipynb #2180f3c7
+# %% ../nbs/04_plan.ipynb #34f7d455
 @dataclass(eq=False)
 class BNCall:
     "One run of a batch norm, or of another module that is a constant affine map"
@@ -41,7 +41,6 @@ def _finite(v, ts, path):
 def _bn_map(t, n, path):
     "The map of a BN, one entry per channel, shaped to broadcast over its value"
     v = arguments(n)
-    if not running(n): raise Stop('it normalizes by the statistics of the batch (no running statistics, or in training mode), which is no fixed map')
     if not all(t.is_const(v[k]) for k in ('running_mean','running_var')): raise Stop('its statistics are computed anew at every call')
     if any(isinstance(v[k], Node) and not t.is_const(v[k]) for k in ('weight','bias')): raise Stop('its weight or bias is computed anew at every call')
     ts = {k:t.const(v[k]) for k in ('running_mean','running_var','weight','bias') if isinstance(v[k], Node)}
@@ -87,6 +86,7 @@ def _own_map(t, c, b):
         ops = t.ops_of(c)
         for h in c.module._forward_pre_hooks.values():
             if hasattr(h, 'why_not_affine'): raise Stop(h.why_not_affine)
+        if any(op_of(n) in bn_ops and not running(n) for n in ops): raise Stop('it normalizes by the statistics of the batch (no running statistics, or in training mode), which is no fixed map')
         if sum(op_of(n) in bn_ops for n in ops)>1: raise Stop(f"its `forward` (of {type(c.module).__name__}) normalizes several times")
         b.source = value = next(i for i in ops[0].all_input_nodes if not t.is_const(i))
         for n in ops:
@@ -109,9 +109,10 @@ def affine_calls(t:Trace) -> list:
     res,seen = [],set()
     for n in t.nodes:
         c = t.call(n)
-        if n.op!='call_function' or t.is_const(n): continue
+        if n.op!='call_function' or t.is_const(n) and op_of(n) not in bn_ops: continue
         if op_of(n) in bn_ops:
-            if c is None or c.path=='' and len(t.children(c)): res.append(BNCall('(the model itself)', reason="it is a bare function call in the model's own `forward`, no module that could be replaced"))
+            if t.is_const(n): res.append(BNCall(c.path if c else '(the model itself)', reason="what it normalizes is a constant of the model, which depends on no input"))
+            elif c is None or c.path=='' and len(t.children(c)): res.append(BNCall('(the model itself)', reason="it is a bare function call in the model's own `forward`, no module that could be replaced"))
             else: res.append(_own_map(t, c, BNCall(c.path or '(the model itself)', c.module)))
         elif c and c.path and id(c) not in seen and t.ops_of(c)[0] is n and not any(op_of(o) in bn_ops for o in t.ops_of(c)) and _may_be_affine(t, c):
             b = _own_map(t, c, BNCall(c.path, c.module, is_bn=hasattr(c.module, 'running_var')))

@@ -84,7 +84,7 @@ class Absorb:
     @property
     def path(self): return self.layer.path
 
-# %% ../nbs/02_rules.ipynb #4c556751
+# %% ../nbs/02_rules.ipynb #6c46821d
 def parameter(t:Trace, n:Node, arg, what:str) -> tuple:
     "`(path, module, name)` of the parameter behind the argument `arg` of `n`; `Stop` says why it cannot be changed"
     at = t.where(n)
@@ -95,6 +95,7 @@ def parameter(t:Trace, n:Node, arg, what:str) -> tuple:
     if len(places)>1: raise Stop(f"{at}, whose {what} is tied: it is also `{'`, `'.join('.'.join(filter(None, (q,k))) for q,_,k in places if q!=getattr(t.call(n),'path',None))}`")
     if len(t.readers(p))>1: raise Stop(f"{at}, whose {what} is used {len(t.readers(p))} times")
     if places[0][2] not in places[0][1]._parameters: raise Stop(f"{at}, whose {what} is a buffer, not a parameter")
+    if isinstance(places[0][1], torch.jit.ScriptModule): raise Stop(f"{at}, whose {what} TorchScript compiled in")
     if not p.is_floating_point(): raise Stop(f"{at}, whose {what} is {p.dtype}, not floating point")
     return places[0]
 
