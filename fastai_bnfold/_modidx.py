@@ -238,6 +238,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fastai_bnfold.folder.Swaps.redo': ('folder.html#swaps.redo', 'fastai_bnfold/folder.py'),
                                       'fastai_bnfold.folder.Swaps.undo': ('folder.html#swaps.undo', 'fastai_bnfold/folder.py'),
                                       'fastai_bnfold.folder._at_random': ('folder.html#_at_random', 'fastai_bnfold/folder.py'),
+                                      'fastai_bnfold.folder._checksum': ('folder.html#_checksum', 'fastai_bnfold/folder.py'),
                                       'fastai_bnfold.folder._edited': ('folder.html#_edited', 'fastai_bnfold/folder.py'),
                                       'fastai_bnfold.folder._in_place_of': ('folder.html#_in_place_of', 'fastai_bnfold/folder.py'),
                                       'fastai_bnfold.folder._in_words': ('folder.html#_in_words', 'fastai_bnfold/folder.py'),

@@ -19,7 +19,7 @@ from .rules import *
 from .report import *
 from .plan import *
 
-# %% ../nbs/05_folder.ipynb #25fa71ad
+# %% ../nbs/05_folder.ipynb #bc5391ed
 class Swaps:
     "References of a model that can be put in place and taken back, any number of times. As a context: in place, and taken back if anything fails"
     def __init__(self): self.old,self.new = [],[]  # (table, key, value), for the model's `_parameters` and `_modules` tables
@@ -35,9 +35,8 @@ class Swaps:
         "Put the new values in place"
         for table,k,v in self.new: table[k] = v
     def __enter__(self):
-        try: self.redo()
+        try: self.redo(); return self
         except BaseException: self.undo(); raise
-        return self
     def __exit__(self, kind, *_):
         if kind: self.undo()
     def undo(self):
@@ -169,7 +168,7 @@ def tolerance(outputs:list, n_folded:int) -> float:
     eps = max([torch.finfo(o.dtype).eps for o in outputs if o.is_floating_point()], default=torch.finfo(torch.float32).eps)
     return max(64*eps*(n_folded+1)**.5, 1e-11)
 
-# %% ../nbs/05_folder.ipynb #87896e14
+# %% ../nbs/05_folder.ipynb #47efe23a
 def _n(ts): return sum(t.numel() for t in ts)
 
 @contextmanager
@@ -185,6 +184,11 @@ def _outputs(model, batches):
         try: yield x, run(model, x)
         except TraceError: pass
 
+def _checksum(model):
+    "Name → sum of the bits, for every parameter"
+    ints = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
+    return {k:(p.dtype, int(p.detach().view(ints[p.element_size()]).sum())) for k,p in model.named_parameters() if not p.is_complex()}
+
 def _at_random(model):
     on = [p for p,m in model.named_modules() if m.training and isinstance(m, nn.modules.dropout._DropoutNd)]
     return f" `{on[0]}` is in training mode inside a model in eval mode: call `model.eval()`." if on and not model.training else ''
@@ -194,7 +198,7 @@ class BNFolder:
     def __init__(self,
         verify:bool=True, # Compare the outputs before and after on two batches. False saves four forward passes, and a fold that is wrong would go unnoticed
         costly:bool=False # Fold, too, where the activations that change cost more time than the BN that goes? (`FoldReport.n_possible` counts these)
-    ): self.verify,self.costly,self.report,self._swaps = verify,costly,None,None
+    ): self.verify,self.costly,self.report,self._swaps,self._folded = verify,costly,None,None,None
 
     def plan(self,
         model:nn.Module, # Any model
@@ -214,7 +218,7 @@ class BNFolder:
         inplace:bool=False # Fold `model` itself? Else a copy
     ) -> nn.Module:        # The folded model
         "Fold every BN that can be folded exactly. On any error `model` is as it was"
-        self.report,self._swaps = None,None
+        self.report,self._swaps,self._folded = None,None,None
         with _in_words():
             args = self._args(model, xb)
             plan,before,looks = self._plan(model, args)
@@ -225,13 +229,18 @@ class BNFolder:
                 err = self._verify(model, swaps, plan, batches) if batches else None
                 if looks and plan.steps: plan.notes.append(self._looks(looks, plan.steps, batches))
                 self.report = FoldReport(plan.rows, plan.params_before, _n(model.parameters()), buffers, _n(model.buffers()), err, notes=plan.notes)
-                self._swaps = swaps
+                self._swaps,self._folded = swaps,(model, _checksum(model))
                 return model
 
     def unfold(self):
-        "Undo the last `fold`: every parameter, buffer and module of before, the very same objects"
+        "Undo the last `fold`: every parameter, buffer and module of before, the very same objects. A `FoldedError` if the folded parameters were changed"
         if self._swaps is None: raise FoldError('Nothing was folded by this BNFolder: call `fold` first')
-        self._swaps.undo(); self._swaps = None
+        model,was = self._folded
+        if (now := _checksum(model))!=was:
+            k = next((k for k in was if now.get(k)!=was[k]), 'a new one')
+            raise FoldedError(f"The parameters of the folded model were changed after the fold (`{k}`; by `load`, or a change of dtype?). To unfold would mix the numbers of two models. "
+                              "Load the file of an unfolded model into a new, unfolded one instead.")
+        self._swaps.undo(); self._swaps = self._folded = None
 
     def _args(self, model, xb):
         if xb is not None: return as_args(xb)

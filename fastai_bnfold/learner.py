@@ -60,7 +60,7 @@ def _changed(before, after) -> int:
     "How many items have another class (for a segmentation: any pixel of another class)"
     return sum(int((x!=y).reshape(len(x),-1).any(1).sum()) for x,y in zip(before, after))
 
-# %% ../nbs/06_learner.ipynb #4c62eb6b
+# %% ../nbs/06_learner.ipynb #4f9a4108
 _folds = WeakKeyDictionary() # Learner → (its BNFolder, its optimizer)
 
 def _learner_batch(learn):
@@ -114,7 +114,7 @@ def fold_bn(self:Learner,
         if rep.n_folded: _folds[self],self.opt = (folder, opt),None # it holds the old parameters; `export` could not match it with the new
         return rep
     except BaseException:
-        if folder._swaps: folder.unfold()
+        if folder._swaps: folder._swaps.undo()
         _folds.pop(self, None); self.opt = opt
         raise
 
@@ -144,8 +144,9 @@ def unfold_bn(self:Learner) -> Learner:
     if self not in _folds:
         if getattr(self.model, 'bn_folded', False): raise FoldedError("This Learner's model was folded elsewhere (before an export, or by a `BNFolder`): the unfolded parameters are not here. Go back to the unfolded export.")
         raise FoldError('This Learner is not folded: call `fold_bn` first.')
-    folder,self.opt = _folds.pop(self)
+    folder,opt = _folds[self]
     folder.unfold()
+    del _folds[self]; self.opt = opt
     return self
 
 # %% ../nbs/06_learner.ipynb #4eefbe0a
