@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Moments', 'batch_norms', 'batch_statistics', 'ItemStatistics', 'shares']
 
-# %% ../nbs/09_bn_stats.ipynb #04582b91
+# %% ../nbs/09_bn_stats.ipynb #06c9641f
 import torch
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from fastai.basics import *
 from .affine import *
 from .trace import evaluating, run
-from .learner import _recorder_kept, _learner_batch
+from .learner import _callbacks_kept, _learner_batch
 from fastprogress.fastprogress import progress_bar
 
 # %% ../nbs/09_bn_stats.ipynb #7ac6045c
@@ -72,7 +72,7 @@ def batch_statistics(model:nn.Module):
         for h in hooks: h.remove()
         _put(old)
 
-# %% ../nbs/09_bn_stats.ipynb #aa06a498
+# %% ../nbs/09_bn_stats.ipynb #4f192971
 def _process():
     "The rank of this process, and how many there are"
     d = torch.distributed
@@ -101,7 +101,7 @@ def _quietly(learn):
     "While active, `learn.validate` computes no metrics, distributes nothing, and leaves no trace in the recorder"
     metrics,learn._metrics = learn._metrics,L()
     try:
-        with learn.removed_cbs(L(cb for cb in learn.cbs if cb.name=='distributed_trainer')), _recorder_kept(learn): yield
+        with learn.removed_cbs(L(cb for cb in learn.cbs if cb.name=='distributed_trainer')), _callbacks_kept(learn): yield
     finally: learn._metrics = metrics
 
 @contextmanager

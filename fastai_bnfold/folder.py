@@ -19,9 +19,9 @@ from .rules import *
 from .report import *
 from .plan import *
 
-# %% ../nbs/05_folder.ipynb #bc5391ed
+# %% ../nbs/05_folder.ipynb #089e5ef1
 class Swaps:
-    "References of a model that can be put in place and taken back, any number of times. As a context: in place, and taken back if anything fails"
+    "References of a model that can be put in place and taken back, any number of times"
     def __init__(self): self.old,self.new = [],[]  # (table, key, value), for the model's `_parameters` and `_modules` tables
     def add(self, table:dict, key:str, value):
         "Plan that `table[key]` becomes `value`"
@@ -34,11 +34,6 @@ class Swaps:
     def redo(self):
         "Put the new values in place"
         for table,k,v in self.new: table[k] = v
-    def __enter__(self):
-        try: self.redo(); return self
-        except BaseException: self.undo(); raise
-    def __exit__(self, kind, *_):
-        if kind: self.undo()
     def undo(self):
         "Bring the old values back"
         for table,k,v in reversed(self.old):
@@ -168,12 +163,12 @@ def tolerance(outputs:list, n_folded:int) -> float:
     eps = max([torch.finfo(o.dtype).eps for o in outputs if o.is_floating_point()], default=torch.finfo(torch.float32).eps)
     return max(64*eps*(n_folded+1)**.5, 1e-11)
 
-# %% ../nbs/05_folder.ipynb #47efe23a
+# %% ../nbs/05_folder.ipynb #10a25086
 def _n(ts): return sum(t.numel() for t in ts)
 
 @contextmanager
 def _in_words():
-    "No raw errors: what nobody thought of becomes a `FoldError`, too"
+    "Of a function: no raw errors. What nobody thought of becomes a `FoldError`, too"
     try: yield
     except FoldError: raise
     except Exception as e: raise FoldError(f"Folding failed where it should not ({type(e).__name__}: {e}). The model is as it was. This is a mistake of fastai_bnfold: please report it with the model and the traceback above.") from e
@@ -200,18 +195,19 @@ class BNFolder:
         costly:bool=False # Fold, too, where the activations that change cost more time than the BN that goes? (`FoldReport.n_possible` counts these)
     ): self.verify,self.costly,self.report,self._swaps,self._folded = verify,costly,None,None,None
 
+    @_in_words()
     def plan(self,
         model:nn.Module, # Any model
         xb=None          # One batch: a tensor, or a tuple of the model's positional arguments; fastai's dummy input if left out
     ) -> FoldPlan:       # Prints as a table
         "What `fold` would do; the model is not touched"
-        with _in_words():
-            plan = self._plan(model, self._args(model, xb))[0]
-            swaps = swaps_for(model, plan.steps)
-            try: swaps.redo(); plan.params_after = _n(model.parameters())
-            finally: swaps.undo()
+        plan = self._plan(model, self._args(model, xb))[0]
+        swaps = swaps_for(model, plan.steps)
+        try: swaps.redo(); plan.params_after = _n(model.parameters())
+        finally: swaps.undo()
         return plan
 
+    @_in_words()
     def fold(self,
         model:nn.Module,   # Any model
         xb=None,           # As in `plan`
@@ -219,18 +215,20 @@ class BNFolder:
     ) -> nn.Module:        # The folded model
         "Fold every BN that can be folded exactly. On any error `model` is as it was"
         self.report,self._swaps,self._folded = None,None,None
-        with _in_words():
-            args = self._args(model, xb)
-            plan,before,looks = self._plan(model, args)
-            buffers = _n(model.buffers())
-            batches = [(args, before), *_outputs(model, probes(args, looks))] if self.verify and plan.steps else []
-            if not inplace: model = self._copy(model)
-            with swaps_for(model, plan.steps) as swaps:
-                err = self._verify(model, swaps, plan, batches) if batches else None
-                if looks and plan.steps: plan.notes.append(self._looks(looks, plan.steps, batches))
-                self.report = FoldReport(plan.rows, plan.params_before, _n(model.parameters()), buffers, _n(model.buffers()), err, notes=plan.notes)
-                self._swaps,self._folded = swaps,(model, _checksum(model))
-                return model
+        args = self._args(model, xb)
+        plan,before,looks = self._plan(model, args)
+        buffers = _n(model.buffers())
+        batches = [(args, before), *_outputs(model, probes(args, looks))] if self.verify and plan.steps else []
+        if not inplace: model = self._copy(model)
+        swaps = swaps_for(model, plan.steps)
+        try:
+            swaps.redo()
+            err = self._verify(model, swaps, plan, batches) if batches else None
+            if looks and plan.steps: plan.notes.append(self._looks(looks, plan.steps, batches))
+            self.report = FoldReport(plan.rows, plan.params_before, _n(model.parameters()), buffers, _n(model.buffers()), err, notes=plan.notes)
+            self._swaps,self._folded = swaps,(model, _checksum(model))
+            return model
+        except BaseException: swaps.undo(); raise
 
     def unfold(self):
         "Undo the last `fold`: every parameter, buffer and module of before, the very same objects. A `FoldedError` if the folded parameters were changed"

@@ -22,7 +22,7 @@ from .folder import *
 from .latency import *
 from .latency import median, ratio
 
-# %% ../nbs/06_learner.ipynb #eba07cf1
+# %% ../nbs/06_learner.ipynb #742b0382
 class _Classes(Callback):
     "Collect the predicted class of every validation item"
     name,order = 'gather_preds',99
@@ -34,20 +34,18 @@ class _Classes(Callback):
         if not c.is_floating_point(): self.classes.append(self.learn.to_detach(c.as_subclass(Tensor))) # those of all processes
 
 @contextmanager
-def _recorder_kept(learn):
-    "Put back what the `Recorder` has collected"
-    rec = getattr(learn, 'recorder', None)
-    kept = {} if rec is None else {k:v for k,v in vars(rec).items() if k in ('lrs','iters','losses','values','metric_names','log')}
-    final = getattr(learn, 'final_record', None)
+def _callbacks_kept(learn):
+    "Put back what the callbacks hold: what the `Recorder` has collected, the best metric so far, …"
+    kept,final = [(cb, dict(vars(cb))) for cb in learn.cbs],getattr(learn, 'final_record', None)
     try: yield
     finally:
-        if rec is not None: vars(rec).update(kept)
+        for cb,v in kept: vars(cb).clear(); vars(cb).update(v)
         if final is not None: learn.final_record = final
 
 def _validate(learn):
     "Name → value for the loss and the metrics on the validation set, and the predicted classes (or None)"
     cb = _Classes()
-    with _recorder_kept(learn): rec = learn.validate(cbs=cb)
+    with _callbacks_kept(learn): rec = learn.validate(cbs=cb)
     names = ['valid_loss', *[m.name for m in learn.metrics]]
     return dict(zip(names, map(_number, rec or []))), cb.classes or None
 
@@ -60,14 +58,15 @@ def _changed(before, after) -> int:
     "How many items have another class (for a segmentation: any pixel of another class)"
     return sum(int((x!=y).reshape(len(x),-1).any(1).sum()) for x,y in zip(before, after))
 
-# %% ../nbs/06_learner.ipynb #4f9a4108
+# %% ../nbs/06_learner.ipynb #664943fd
 _folds = WeakKeyDictionary() # Learner → (its BNFolder, its optimizer)
 
 def _learner_batch(learn):
     "Two items of the Learner's own data, on the model's device"
     try: dl = learn.dls.valid if _has_valid(learn) else learn.dls.train.new(shuffle=False, drop_last=False)
-    except Exception as e: dl = None
-    if dl is None or not len(dl): raise NoDataError("This Learner has no data to trace its model with. Give a batch: `learn.fold_bn(xb=...)`, a tensor or a tuple of the model's inputs.")
+    except Exception as e: dl,why = (),e
+    else: why = None
+    if not len(dl): raise NoDataError("This Learner has no data to trace its model with. Give a batch: `learn.fold_bn(xb=...)`, a tensor or a tuple of the model's inputs.") from why
     b = to_device(first(dl) if isinstance(dl, torch.utils.data.DataLoader) else dl.one_batch(), next(iter(learn.model.parameters()), torch.zeros(1)).device)
     return _first(as_args(b[:getattr(learn.dls, 'n_inp', 1)] if isinstance(b, (tuple,list)) else (b,)), 2)
 
@@ -79,11 +78,13 @@ def _first(args, n):
 
 @contextmanager
 def _all_or_none(learn):
-    "Inside `distrib_ctx`: what fails on one process fails on all, so that none waits for another"
-    error = None
+    "Inside `distrib_ctx`: all processes fold the same statistics, those of process 0, and what fails on one fails on all, so that none waits for another"
+    error,several = None,hasattr(learn, 'distributed_trainer')
+    if several:
+        for b in learn.model.buffers(): torch.distributed.broadcast(b, 0)
     try: yield
     except BaseException as e: error = e
-    if hasattr(learn, 'distributed_trainer'):
+    if several:
         said = [None]*num_distrib()
         torch.distributed.all_gather_object(said, error and f'{type(error).__name__}: {error}')
         if not error and any(said): raise FoldError(f"Nothing was folded, because folding failed on another process: {'; '.join(f'process {i}: {s}' for i,s in enumerate(said) if s)}")
