@@ -17,7 +17,7 @@ from .affine import *
 from .report import text_table
 from .learner import *
 
-# %% ../nbs/08_experiments.ipynb #a1813aac
+# %% ../nbs/08_experiments.ipynb #90e5fbaa
 class DataError(FoldError): "The data that was asked for is not there, or is not laid out as expected"
 
 def _digit(i):
@@ -36,16 +36,19 @@ def digits_dls(
                       splitter=IndexSplitter(range(0, 1797, 5)), item_tfms=Resize(size, method=ResizeMethod.Squish), batch_tfms=Normalize.from_stats(*imagenet_stats))
     return block.dataloaders(None, bs=bs, num_workers=0)
 
-def _plain_members(t, to):
-    "Files and folders that stay inside `to`, an error for anything else: for a Python without tar filters (before 3.10.12 and 3.11.4)"
+def _plain_members(t, to, most):
+    "The files and folders of an archive; an error if it has anything else (links, devices, names that lead out of `to`) or more than `most` bytes, at 4 kB a file at least"
     for m in t:
         if not (m.isfile() or m.isdir()) or not (to/m.name).resolve().is_relative_to(to.resolve()): raise tarfile.TarError(f"'{m.name}' is not a plain file or folder inside the archive")
+        most -= m.size+4096
+        if most<0: raise tarfile.TarError('it would take up far more room than images do that come in an archive of this size, or more than there is')
         yield m
 
 def _unpack(f, to):
     "Unpack the archive `f` into the folder `to`"
     try:
-        with tarfile.open(f) as t: t.extractall(to, filter='data') if hasattr(tarfile, 'data_filter') else t.extractall(to, list(_plain_members(t, to)))
+        most = min(2**28+8*f.stat().st_size, shutil.disk_usage(to).free) # images hardly compress
+        with tarfile.open(f) as t: t.extractall(to, list(_plain_members(t, to, most)), **(dict(filter='data') if hasattr(tarfile, 'data_filter') else {})) # (Python before 3.10.12 and 3.11.4 has no filters)
     except (tarfile.TarError, EOFError, OSError) as e: raise DataError(f"'{f}' cannot be unpacked as a .tar or .tgz archive: {str(e).splitlines()[0].rstrip(':')}") from e
     return to
 

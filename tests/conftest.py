@@ -5,6 +5,8 @@ from fastai_bnfold.folder import max_err
 from fastai_bnfold.trace import run
 
 os.environ.setdefault('MPLBACKEND', 'agg')
+if 'PYTEST_XDIST_WORKER' in os.environ: # one thread for each worker, and for what it starts
+    os.environ['OMP_NUM_THREADS'] = '1'; torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def seed(): torch.manual_seed(0)

@@ -1,6 +1,6 @@
 "The command `bnfold`"
 import json, os, subprocess, sys, tarfile
-import pytest
+import pytest, torch
 from PIL import Image
 
 def bnfold(*args, **env):
@@ -53,10 +53,62 @@ def test_bad_input(tmp_path):
     fails(bnfold('fold'), 'usage')
     fails(bnfold('reproduce', '--data', 'imagenette', IMAGENETTE=str(tmp_path/'gone')), 'no file or folder')
 
-def test_an_archive_cannot_write_elsewhere(tmp_path):
+def _member(name, **kw):
+    i = tarfile.TarInfo(name)
+    for k,v in kw.items(): setattr(i, k, v)
+    return i
+def _link(name, target, kind): return _member(name, type=kind, linkname=target)
+evil = {
+    'a path that leads out': [_member('../../evil.txt')],
+    'an absolute path': [_member('/tmp/evil.txt')],
+    'a link to elsewhere': [_link('train', '/etc', tarfile.SYMTYPE)],
+    'a file through a link': [_link('train', '..', tarfile.SYMTYPE), _member('train/evil.txt')],
+    'a link inside': [_member('train/a.txt'), _link('train/b.txt', 'a.txt', tarfile.SYMTYPE)],
+    'a hard link': [_link('train/x', '../../evil', tarfile.LNKTYPE)],
+    'a device': [_member('train/x', type=tarfile.CHRTYPE)],
+    'a pipe': [_member('train/x', type=tarfile.FIFOTYPE)],
+}
+@pytest.mark.parametrize('name', evil)
+def test_an_archive_cannot_write_elsewhere(name, tmp_path):
+    "Refused before anything is unpacked"
+    from fastai_bnfold.experiments import DataError, find_images
+    (to := tmp_path/'a'/'b').mkdir(parents=True)
     with tarfile.open(tmp_path/'evil.tar', 'w') as t:
-        i = tarfile.TarInfo('../../evil.txt'); i.size = 0; t.addfile(i)
+        for i in evil[name]: t.addfile(i)
+    with pytest.raises(DataError, match='cannot be unpacked'): find_images(str(tmp_path/'evil.tar'), to)
+    assert not list(to.iterdir()) and sorted(p.name for p in tmp_path.iterdir())==['a','evil.tar']
+
+@pytest.mark.parametrize('kind', ['one file','many files','sparse'])
+def test_a_bomb_is_refused(kind, tmp_path):
+    "Archives of some kB that would fill the disk"
+    from fastai_bnfold.experiments import DataError, find_images
+    class Zeros:
+        def __init__(self, n): self.n = n
+        def read(self, k): k = min(k, self.n); self.n -= k; return bytes(k)
+    (to := tmp_path/'to').mkdir()
+    with tarfile.open(tmp_path/'bomb.tgz', 'w:gz') as t:
+        if kind=='one file': i = _member('train/a', size=2**29); t.addfile(i, Zeros(i.size))
+        elif kind=='many files':
+            for k in range(2**17): t.addfile(_member(f'train/{k}'))
+        else:
+            i = _member('train/a'); i.pax_headers = {'GNU.sparse.major': '0', 'GNU.sparse.size': str(2**50), 'GNU.sparse.map': '0,0', 'GNU.sparse.numblocks': '1'}; t.addfile(i)
+    assert (tmp_path/'bomb.tgz').stat().st_size<2e6
+    with pytest.raises(DataError, match='more room'): find_images(str(tmp_path/'bomb.tgz'), to)
+    assert not list(to.iterdir())
+
+def test_the_command_refuses_an_evil_archive(tmp_path):
+    with tarfile.open(tmp_path/'evil.tar', 'w') as t: t.addfile(_member('../../evil.txt'))
     fails(bnfold('reproduce', '--data', tmp_path/'evil.tar'), 'cannot be unpacked')
+
+def test_weights_are_loaded_without_unpickling(tmp_path):
+    "A weight file that would run code is refused by PyTorch's safe loader"
+    from fastai_bnfold.experiments import get_dls, train
+    class Evil:
+        def __reduce__(self): return (open, (str(tmp_path/'ran'), 'w'))
+    dls = get_dls('digits', size=32)
+    torch.save({'x': Evil()}, tmp_path/'resnet18.pth'); (tmp_path/'resnet18.csv').write_text('epoch\n')
+    with pytest.raises(Exception): train('resnet18', dls, 1, weights=tmp_path)
+    assert not (tmp_path/'ran').exists()
 
 def test_help():
     out = bnfold('--help'); assert out.returncode==0 and 'reproduce' in out.stdout

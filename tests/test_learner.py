@@ -190,5 +190,5 @@ def test_latency_stays_in_its_budget(learn):
     import time
     rep = learn.fold_bn(validate=False, latency=0); assert rep.latency_before is None
     t = time.perf_counter(); before,after,speedup = learn.latency_bn(seconds=.5)
-    assert time.perf_counter()-t < 2 and before>0 and after>0
+    assert time.perf_counter()-t < 3 and before>0 and after>0
     assert isinstance(learn.model[1], nn.Identity)

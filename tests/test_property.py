@@ -26,7 +26,8 @@ def one_thread():
 
 common = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, print_blob=False)
 
-@settings(max_examples=2000, **common)
+n_graphs = 2000
+@settings(max_examples=n_graphs, **common)
 @given(programs)
 def test_folded_equals_unfolded(program):
     steps,seed = program
