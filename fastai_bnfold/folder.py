@@ -163,7 +163,7 @@ def tolerance(outputs:list, n_folded:int) -> float:
     eps = max([torch.finfo(o.dtype).eps for o in outputs if o.is_floating_point()], default=torch.finfo(torch.float32).eps)
     return max(64*eps*(n_folded+1)**.5, 1e-11)
 
-# %% ../nbs/05_folder.ipynb #10a25086
+# %% ../nbs/05_folder.ipynb #a5d00c57
 def _n(ts): return sum(t.numel() for t in ts)
 
 @contextmanager
@@ -191,7 +191,7 @@ def _at_random(model):
 class BNFolder:
     "Fold the batch norms of a model into their neighbours; `report` tells what happened"
     def __init__(self,
-        verify:bool=True, # Compare the outputs before and after on two batches. False saves four forward passes, and a fold that is wrong would go unnoticed
+        verify:bool=True, # Compare the outputs before and after on three batches or more. False saves the forward passes, and a fold that is wrong would go unnoticed
         costly:bool=False # Fold, too, where the activations that change cost more time than the BN that goes? (`FoldReport.n_possible` counts these)
     ): self.verify,self.costly,self.report,self._swaps,self._folded = verify,costly,None,None,None
 
@@ -225,6 +225,7 @@ class BNFolder:
             swaps.redo()
             err = self._verify(model, swaps, plan, batches) if batches else None
             if looks and plan.steps: plan.notes.append(self._looks(looks, plan.steps, batches))
+            if plan.steps and not self.verify: plan.notes.append('Not verified (`verify=False`): a fold that is wrong goes unnoticed.')
             self.report = FoldReport(plan.rows, plan.params_before, _n(model.parameters()), buffers, _n(model.buffers()), err, notes=plan.notes)
             self._swaps,self._folded = swaps,(model, _checksum(model))
             return model
@@ -270,7 +271,7 @@ class BNFolder:
     def _looks(self, looks, steps, batches):
         changed = list(dict.fromkeys(e.path for s in steps for e in s.edits))
         return f"The model looks at its data ({', '.join(looks[:3])}) and may go another way for another input. " + \
-            (f"The fold is verified on {len(batches)} batches only" if batches else 'The fold was not verified') + f": make sure that no other way uses {', '.join(changed)} without its BN."
+            (f"The fold is verified on {len(batches)} batches only: make" if batches else 'Make') + f" sure that no other way uses {', '.join(changed)} without its BN."
 
     def _copy(self, model):
         try: return copy.deepcopy(model)

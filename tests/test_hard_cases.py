@@ -302,7 +302,7 @@ def test_without_verification_nothing_is_promised():
     "`verify=False` folds what the trace shows, and the report has no error to show"
     m = cases['a branch for another batch size'][0]()
     folder = BNFolder(verify=False); folder.fold(m, x)
-    assert folder.report.n_folded==1 and folder.report.max_err is None
+    assert folder.report.n_folded==1 and folder.report.max_err is None and any('Not verified' in n for n in folder.report.notes) and 'Not verified' in str(folder.report)
 
 def test_a_compiled_model_runs_folded():
     "Not the stale compiled code: compile, fold, unfold in place"
