@@ -272,7 +272,7 @@ def exact_bn(
     flat = z.transpose(0,1).reshape(len(first), -1).contiguous()
     return (int(s.levels[0])-1+torch.searchsorted(first, flat, right=True)).view(z.transpose(0,1).shape).transpose(0,1)
 
-# %% ../nbs/10_fixed_point.ipynb #549835b0
+# %% ../nbs/10_fixed_point.ipynb #07e068a4
 @dataclass
 class Ints:
     "Integer values that stand for `x·scale`"
@@ -325,7 +325,7 @@ class IntegerNet(nn.Module):
         _check(len(batches)>0, '`batches`', 'none', 'a few inputs to find the scales with')
         self.bits,self.rounding,self.exact = bits,rounding,False
         t = Trace(model, as_args(batches[0]))
-        self.gm = t.gm
+        self.gm,self.n_outputs = t.gm,len(t.outputs)
         self.span,self.scale,self.weights,self.bn_of,self.bns = {},{},{},{},nn.ModuleDict() # node → smallest and largest integer; scale; integer weight; BN
         group = self._find_integers(t)
         if not self.bn_of: raise FixedPointError("This model has no batch norm behind a convolution of the input or of other integers (a folded one has none at all).")
@@ -393,7 +393,7 @@ class IntegerNet(nn.Module):
         return exact_bn(x, *bn.args) if self.exact else bn(x).long()
 
     def forward(self, *args):
-        with torch.no_grad(): res = _Integers(self).run(*fresh(as_args(list(args))))
+        with torch.no_grad(): res = _Integers(self).run(*fresh(as_args(list(args))))[:self.n_outputs]
         return res[0] if len(res)==1 else res
 
 @patch

@@ -115,7 +115,7 @@ def uncompiled(model:nn.Module):
     import torch._dynamo as dynamo # takes seconds
     with torch.compiler.set_stance('force_eager'), dynamo.config.patch(error_on_nested_fx_trace=False): yield
 
-# %% ../nbs/01_trace.ipynb #a4e51a7a
+# %% ../nbs/01_trace.ipynb #a31fb9d9
 def _kept(known):
     "The tensors, made by the model in the trace that runs, which are still alive and none of the `known` ones"
     known = {id(o) for t in known for o in (t, t._base)} # a view keeps its base alive
@@ -167,7 +167,7 @@ class Trace:
             self._const[n] = n not in written and (n.op=='get_attr' or n.op=='call_function' and bool(inputs) and all(self._const[i] for i in inputs))
             if n.op=='call_function' and not self._const[n] and (c := self.call(n)): self._ops.setdefault(id(c), []).append(n)
             if self.writes(n): self.merge(n, inputs[0])
-        self.looks = [n for n in self.nodes if n.op=='call_function' and torch.Tag.data_dependent_output in getattr(n.target, 'tags', ()) and not self._const[n]]
+        self.looks = [n for n in self.nodes if n.op=='call_function' and not self._const[n] and (torch.Tag.data_dependent_output in getattr(n.target, 'tags', ()) or op_of(n) in _to_numpy)]
         self.at = at = {n:i for i,n in enumerate(self.nodes)} # node → its place in the order of execution
         self.spoils = {w for w in self.nodes if writes(w) for v in self._alias[w] if at[v]<at[w] and any(at[u]>at[w] for u in v.users)}
 
@@ -235,6 +235,7 @@ def ops(*names) -> list:
 
 _shape_only = {*ops('reshape_as','view_as','expand_as','zeros_like','ones_like','full_like','empty_like','rand_like','randn_like',
                     'new_zeros','new_ones','new_full','new_empty','type_as')}
+_to_numpy = {*ops('resolve_conj','resolve_neg')} # all that a trace shows of `.numpy()` and `.tolist()`
 _copies_rarely = {*ops('reshape','flatten','contiguous','dropout','feature_dropout','alpha_dropout','feature_alpha_dropout','to','reshape_as','pad',
                        'channel_shuffle','native_channel_shuffle')} # no alias in their schema, and yet they may return their input
 
@@ -253,6 +254,7 @@ def op_of(n:Node):
 
 def op_name(n:Node) -> str:
     "The op's name for a reader: `relu` for `aten.relu_.default`"
+    if op_of(n) in _to_numpy: return 'numpy'
     return getattr(op_of(n), '__name__', str(op_of(n))).rstrip('_')
 
 def arguments(n:Node) -> dict:

@@ -23,3 +23,12 @@ def test_two_processes_fold_the_same(tmp_path):
 def test_one_process_fails(tmp_path):
     a,b = launch(tmp_path, '--fail-on', '1')
     assert 'TraceError' in b['error'] and 'process 1: TraceError' in a['error'] and a['unchanged'] and b['unchanged']
+
+def test_pytorch_has_no_sync_bn_on_the_cpu(tmp_path):
+    "Why the processes above do not train with `SyncBatchNorm`; if this fails one day, they can"
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        m = torch.nn.Sequential(torch.nn.Conv2d(3,4,3), torch.nn.SyncBatchNorm(4))
+        with pytest.raises(ValueError, match='only work with GPU'): torch.nn.parallel.DistributedDataParallel(m)
+        with pytest.raises(ValueError, match='on GPU'): m.train()(torch.randn(2,3,5,5))
+    finally: torch.distributed.destroy_process_group()

@@ -270,6 +270,13 @@ def test_shared_and_functional():
     assert len(net.bns)==2 and (y-m(x)).abs().max()/m(x).abs().max()<.15
     net.exact = True; assert torch.equal(y, net(x))
 
+def test_a_model_that_keeps_a_value():
+    "What it keeps is no output"
+    m = small(); m[3].register_forward_hook(lambda m,a,o: setattr(m, 'seen', o))
+    x = torch.randn(4,3,16,16); net = IntegerNet(m, [x], 8)
+    y = net(x); assert torch.is_tensor(y) and y.shape==(4,4)
+    net.exact = True; assert torch.equal(y, net(x))
+
 def test_integer_net_mistakes():
     for bits in (1,9,4.): 
         with pytest.raises(FixedPointError, match='2 to 8'): IntegerNet(small(), [torch.randn(2,3,16,16)], bits)

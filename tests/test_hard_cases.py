@@ -45,6 +45,9 @@ def a_hook_keeps_the_conv_output():
 @case(['also read by `mean`'], bigger)
 def a_hook_logs_a_mean_of_the_conv_output():
     m,log = Net(),[]; m.conv1.register_forward_hook(lambda m,a,o: log.append(o.mean().item())); return m
+@case(['`numpy`'], bigger)
+def a_hook_logs_the_conv_output_as_a_list():
+    m,log = Net(),[]; m.conv1.register_forward_hook(lambda m,a,o: log.append(o.tolist())); return m
 @case([''], bigger)
 def a_hook_logs_a_mean_of_the_BN_output():
     m,log = Net(),[]; m.bn1.register_forward_hook(lambda m,a,o: log.append(o.mean().item())); return m
@@ -296,6 +299,7 @@ def test_hard_case(name, inplace, record_property):
 def test_the_report_warns_of_other_ways():
     folder = BNFolder(); folder.fold(cases['a branch that no probe takes'][0](), x)
     assert any('looks at its data' in n and 'conv1' in n for n in folder.report.notes) and 'looks at its data' in str(folder.report)
+    folder.fold(Net(lambda m,x: m.conv1(x) if x.numpy().mean()>1e6 else m.bn1(m.conv1(x))), x); assert any('looks at its data' in n for n in folder.report.notes)
     folder.fold(Net(), x); assert not folder.report.notes
 
 def test_without_verification_nothing_is_promised():
