@@ -37,7 +37,7 @@ def counts(results):
             ['injected faults: an exception at any line of a fold', total(faults, 'faults'), 'model and Learner bit-identical to before', failed(faults)],
             ['states of a Learner (fit, fold, unfold, save, load, export, predict, validate in any order)', total(machine_, 'checks'), "predictions are the unfolded model's; unfolded bit for bit", failed(machine_)],
             ['kinds of Learners (precision, callbacks, inputs, metrics, data)', len(of('test_learner_cases.py')), 'same metrics; as before after an error', failed(of('test_learner_cases.py'))],
-            ['two processes', len(of('test_distributed.py')), 'the same folded model; no process waits', failed(of('test_distributed.py'))],
+            ['two processes on the CPU', len(of('test_distributed.py')), 'the same folded model; no process waits; no SyncBatchNorm there (PyTorch)', failed(of('test_distributed.py'))],
             ['hostile archives and files', len(of('test_an_archive')|of('test_a_bomb')|of('test_weights_are')), 'refused, nothing written or run', failed(of('test_an_archive')|of('test_a_bomb')|of('test_weights_are'))]]
 
 @call_parse
