@@ -13,6 +13,7 @@ import numpy as np
 from fastai.vision.all import *
 from fastcore.script import call_parse
 from fastai_bnfold.all import *
+from fastai_bnfold.bn_stats import _subset
 from fastai_bnfold.experiments import get_dls, machine, train
 from fastai_bnfold.fixed_point import _none, _task
 from fastai_bnfold.folder import randomize_bn
@@ -57,10 +58,8 @@ def accuracy_of(net, batches):
 
 def network(learn, n_end):
     "All figures of one network, by bits"
-    dl = learn.dls.valid.new(shuffle=False, bs=16)
-    step = len(dl.dataset)//n_end
-    some = list(range(0, len(dl.dataset), step))[:n_end]
-    batches = [(x.as_subclass(Tensor), y.as_subclass(Tensor)) for x,y in dl.new(get_idxs=lambda: some, n=n_end)]
+    n = len(learn.dls.valid_ds)
+    batches = [(x.as_subclass(Tensor), y.as_subclass(Tensor)) for x,y in _subset(learn.dls.valid, list(range(0, n, n//n_end))[:n_end], 16)]
     learn.model.eval()
     with torch.no_grad(): res = {'float': dict(accuracy=accuracy_of(learn.model, batches)[0], n=n_end)}
     for bits in (2,4,8):

@@ -163,7 +163,7 @@ def tolerance(outputs:list, n_folded:int) -> float:
     eps = max([torch.finfo(o.dtype).eps for o in outputs if o.is_floating_point()], default=torch.finfo(torch.float32).eps)
     return max(64*eps*(n_folded+1)**.5, 1e-11)
 
-# %% ../nbs/05_folder.ipynb #a5d00c57
+# %% ../nbs/05_folder.ipynb #b55b38e1
 def _n(ts): return sum(t.numel() for t in ts)
 
 @contextmanager
@@ -180,9 +180,13 @@ def _outputs(model, batches):
         except TraceError: pass
 
 def _checksum(model):
-    "Name → sum of the bits, for every parameter"
-    ints = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
-    return {k:(p.dtype, int(p.detach().view(ints[p.element_size()]).sum())) for k,p in model.named_parameters() if not p.is_complex()}
+    "Name → dtype and sum of the bits, for every parameter"
+    def words(x): # as int64, whose sum is a hundred times as fast as that of shorter integers
+        x = x.detach().permute(sorted(range(x.ndim), key=x.stride, reverse=True)).contiguous().flatten() # no copy, if the memory is dense
+        n = len(x)*x.element_size()//8*8
+        x = (x if x.storage_offset()*x.element_size()%8==0 else x.clone()).view(torch.uint8)
+        return int(x[:n].view(torch.int64).sum()), int(x[n:].sum())
+    return {k:(p.dtype, *words(p)) for k,p in model.named_parameters()}
 
 def _at_random(model):
     on = [p for p,m in model.named_modules() if m.training and isinstance(m, nn.modules.dropout._DropoutNd)]

@@ -58,14 +58,14 @@ def _changed(before, after) -> int:
     "How many items have another class (for a segmentation: any pixel of another class)"
     return sum(int((x!=y).reshape(len(x),-1).any(1).sum()) for x,y in zip(before, after))
 
-# %% ../nbs/06_learner.ipynb #664943fd
+# %% ../nbs/06_learner.ipynb #0fc66536
 _folds = WeakKeyDictionary() # Learner → (its BNFolder, its optimizer)
 
 def _learner_batch(learn):
     "Two items of the Learner's own data, on the model's device"
+    why = None
     try: dl = learn.dls.valid if _has_valid(learn) else learn.dls.train.new(shuffle=False, drop_last=False)
     except Exception as e: dl,why = (),e
-    else: why = None
     if not len(dl): raise NoDataError("This Learner has no data to trace its model with. Give a batch: `learn.fold_bn(xb=...)`, a tensor or a tuple of the model's inputs.") from why
     b = to_device(first(dl) if isinstance(dl, torch.utils.data.DataLoader) else dl.one_batch(), next(iter(learn.model.parameters()), torch.zeros(1)).device)
     return _first(as_args(b[:getattr(learn.dls, 'n_inp', 1)] if isinstance(b, (tuple,list)) else (b,)), 2)

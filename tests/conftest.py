@@ -23,3 +23,12 @@ def error64(folded, model, *args):
     to64 = lambda o: o.double() if torch.is_tensor(o) and o.is_floating_point() else o
     ref = run(copy.deepcopy(model).double(), tuple(map(to64, args)))
     return max_err(ref, run(folded, args))
+
+def snapshot(m):
+    "What `unchanged` compares a model with: its tensors, copies of them, its modules and their flags"
+    return {k:(t, None if t.is_meta else t.detach().clone()) for k,t in m.state_dict(keep_vars=True).items()}, [(k,o,o.training) for k,o in m.named_modules()]
+def unchanged(m, kept):
+    "Is everything of the model as it was: the very same tensors with the same numbers, the same modules with the same flags?"
+    state,modules = kept
+    now = m.state_dict(keep_vars=True)
+    return list(now)==list(state) and all(now[k] is t and (c is None or torch.equal(t.nan_to_num(), c.nan_to_num())) for k,(t,c) in state.items()) and [(k,o,o.training) for k,o in m.named_modules()]==modules

@@ -1,10 +1,9 @@
 "Dataflow: what may be folded, what may not, and what bad input gives"
-import copy
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai_bnfold.all import *
 from fastai_bnfold.folder import randomize_bn
-from conftest import error64
+from conftest import error64, snapshot, unchanged
 
 x = torch.randn(2,3,9,9, generator=torch.Generator().manual_seed(1))
 
@@ -89,7 +88,7 @@ def test_a_weight_that_a_hook_of_ones_own_computes_is_kept():
 def test_a_value_that_leaves_pytorch_is_a_reader_too():
     net = Net(lambda m,x: (lambda c: m.bn1(c)*float(c.detach().numpy().mean()))(m.conv1(x))); state = snapshot(net)
     folder = BNFolder(); folder.fold(net, x, inplace=True)
-    assert 'also read by `detach`' in folder.report.rows[0].reason and same(net, state)
+    assert 'also read by `detach`' in folder.report.rows[0].reason and unchanged(net, state)
 
 def test_a_hook_on_the_bn_goes_on_working():
     net = Net(lambda m,x: m.bn1(m.conv1(x)).relu()); seen = []
@@ -125,11 +124,6 @@ def test_a_model_that_writes_into_its_input():
 
 # --- bad input -----------------------------------------------------------------------------------
 
-def same(m, state): # nothing lost: the very same tensors, and the same numbers in them
-    now = m.state_dict(keep_vars=True)
-    return list(now)==list(state) and all(now[k] is t and torch.equal(t, c) if not t.is_floating_point() else now[k] is t and torch.equal(t.nan_to_num(), c.nan_to_num()) for k,(t,c) in state.items())
-def snapshot(m): return {k:(t, t.detach().clone()) for k,t in m.state_dict(keep_vars=True).items()}
-
 def test_no_bn_is_fine():
     folder = BNFolder(); m = nn.Sequential(nn.Conv2d(3,4,3))
     folder.fold(m, x)
@@ -138,7 +132,7 @@ def test_no_bn_is_fine():
 def test_no_running_statistics_is_kept_with_a_reason():
     m = nn.Sequential(nn.Conv2d(3,4,3), nn.BatchNorm2d(4, track_running_stats=False)); state = snapshot(m)
     folder = BNFolder(); folder.fold(m, x, inplace=True)
-    assert not folder.report.n_folded and 'statistics of the batch' in folder.report.rows[0].reason and same(m, state)
+    assert not folder.report.n_folded and 'statistics of the batch' in folder.report.rows[0].reason and unchanged(m, state)
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
 @pytest.mark.parametrize('what', ['running_mean','running_var','weight','bias'])
@@ -147,7 +141,7 @@ def test_statistics_that_are_no_numbers(what, bad):
     getattr(net.bn2, what).data[3] = bad
     state = snapshot(net)
     with pytest.raises(StatisticsError, match=f'bn2.{what}'): BNFolder().fold(net, x, inplace=True)
-    assert same(net, state) and net.training
+    assert unchanged(net, state) and net.training
 
 def test_negative_variance():
     net = Net(lambda m,x: m.bn1(m.conv1(x))); net.bn1.running_var[0] = -1
@@ -157,7 +151,7 @@ def test_negative_variance():
 def test_a_batch_that_does_not_fit(batch):
     net = Net(lambda m,x: m.bn1(m.conv1(x))); state = snapshot(net)
     with pytest.raises(TraceError, match='(?s)Given: .*Expected'): BNFolder().fold(net, batch, inplace=True)
-    assert same(net, state) and net.training
+    assert unchanged(net, state) and net.training
 
 def test_not_a_module():
     with pytest.raises(FoldError, match='fold_bn'): BNFolder().fold('resnet', x)
@@ -173,7 +167,7 @@ def test_not_deterministic():
         def forward(self, x): return self.bn1(self.conv1(x)) + torch.rand(1)
     net = Noisy(None); state = snapshot(net)
     with pytest.raises(TraceError, match='not deterministic'): BNFolder().fold(net, x, inplace=True)
-    assert same(net, state)
+    assert unchanged(net, state)
 
 @pytest.mark.parametrize('exc', [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize('step', ['swaps_for', 'run', 'max_err', 'make_plan', 'Trace'])
@@ -190,14 +184,14 @@ def test_a_failure_in_any_step_changes_nothing(step, exc, monkeypatch):
         net = Net(lambda m,x: m.bn1(m.conv1(x)) + m.bn2(m.conv2(x))); state = snapshot(net)
         monkeypatch.setattr(f, step, faulty)
         try: BNFolder().fold(net, x, inplace=True)
-        except (exc, FoldError) as e: assert isinstance(e, exc) or 'injected' in str(e) and isinstance(e.__cause__, exc); assert same(net, state) and net.training and isinstance(net.bn1, nn.BatchNorm2d)
+        except (exc, FoldError) as e: assert isinstance(e, exc) or 'injected' in str(e) and isinstance(e.__cause__, exc); assert unchanged(net, state) and net.training and isinstance(net.bn1, nn.BatchNorm2d)
         else: assert len(calls)<nth
 
 def test_overflow_in_half():
     net = Net(lambda m,x: m.bn1(m.conv1(x))); net.bn1.running_var[:] = 1e-6; net.bn1.eps = 1e-9; net.bn1.weight.data[:] = 6e4
     net.half(); state = snapshot(net)
     with pytest.raises(FoldError, match='overflow|finite|Fold'): BNFolder().fold(net, x.half(), inplace=True)
-    assert same(net, state)
+    assert unchanged(net, state)
 
 def test_unfold_without_fold():
     with pytest.raises(FoldError, match='fold'): BNFolder().unfold()

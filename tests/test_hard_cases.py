@@ -1,10 +1,11 @@
 "A catalogue of hard cases: each is folded right, or kept with a reason, or refused with a clear error; never wrong, never a raw traceback, and the model is as it was"
-import copy, dataclasses
+import dataclasses
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai_bnfold.all import *
 from fastai_bnfold.folder import max_err, randomize_bn, tolerance
 from fastai_bnfold.trace import as_args, map_tensors, run
+from conftest import snapshot, unchanged
 
 gen = torch.Generator().manual_seed(1)
 x,bigger,one = torch.randn(2,3,9,9, generator=gen),torch.randn(5,3,12,7, generator=gen),torch.randn(1,3,9,9, generator=gen)
@@ -263,12 +264,6 @@ def pytorch_111322_linear_conv_BN_ReLU(): return randomize_bn(nn.Sequential(nn.L
 def pytorch_112579_a_chain_of_convs_and_BNs(): return randomize_bn(nn.Sequential(nn.Conv2d(3,64,3,1,1), nn.BatchNorm2d(64), nn.Conv2d(64,64,3,1,1), nn.BatchNorm2d(64)))
 
 # ---------------------------------------------------------------------------------------------------
-
-def snapshot(m): return {k:(t, None if t.is_meta else t.detach().clone()) for k,t in m.state_dict(keep_vars=True).items()}, [(k,o,o.training) for k,o in m.named_modules()]
-def unchanged(m, kept):
-    state,modules = kept
-    now = m.state_dict(keep_vars=True)
-    return list(now)==list(state) and all(now[k] is t and (c is None or torch.equal(t.nan_to_num(), c.nan_to_num())) for k,(t,c) in state.items()) and [(k,o,o.training) for k,o in m.named_modules()]==modules
 
 @pytest.mark.parametrize('inplace', [False, True], ids=['copy','in place'])
 @pytest.mark.parametrize('name', cases)

@@ -1,15 +1,15 @@
 "Learners as people have them: mixed precision, callbacks, several inputs, odd data. Folding keeps the metrics, and a fold that fails leaves the Learner as it was"
-import copy, pickle
+import copy
 import pytest, torch
 from torch import nn
 from fastai.vision.all import (CrossEntropyLossFlat, CSVLogger, ChannelsLast, DataLoaders, Datasets, EarlyStoppingCallback, GradientAccumulation, GradientClip, Learner, Metric,
-                               AccumMetric, SaveModelCallback, AvgMetric, accuracy, load_learner, params, trainable_params)
+                               AccumMetric, SaveModelCallback, AvgMetric, accuracy, load_learner, params)
 from fastai.callback.core import Callback
 import fastai.callback.all
 from fastai_bnfold.all import *
 from fastai_bnfold.experiments import digits_dls
 from fastai_bnfold.folder import randomize_bn
-from test_hard_cases import snapshot, unchanged
+from conftest import snapshot, unchanged
 
 def net(): return nn.Sequential(nn.Sequential(nn.Conv2d(3,16,3,2,bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Conv2d(16,32,3,2), nn.BatchNorm2d(32), nn.ReLU()),
                                 nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(32), nn.Dropout(.1), nn.Linear(32,10)))

@@ -51,8 +51,9 @@ def test_one_home_of_the_version():
 
 def test_no_paths_of_one_machine():
     files = subprocess.run(['git','ls-files'], cwd=root, capture_output=True, text=True).stdout.split()
-    texts = [root/f for f in files if not f.endswith(('.png',)) and f not in ('.ci/run','tests/test_nbs.py')]
-    for f in texts: assert not any(w in f.read_text() for w in ('/work/','/root/','../shared')), f
+    texts = [root/f for f in files if not f.endswith(('.png',)) and f!='.ci/run']
+    words = ['/'.join(w) for w in (('','work',''), ('','root',''), ('..','shared'))] # in pieces, so that this file has none either
+    for f in texts: assert not any(w in f.read_text() for w in words), f
 
 def test_public_names():
     import fastai_bnfold.all as a

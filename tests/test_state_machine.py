@@ -4,9 +4,7 @@ from pathlib import Path
 import pytest, torch
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
-from torch import nn
 from fastai.vision.all import CrossEntropyLossFlat, Datasets, Learner, accuracy, load_learner
-import fastai.callback.all
 from fastai_bnfold.all import *
 from fastai_bnfold.folder import max_err, randomize_bn
 from fastai_bnfold.trace import run
@@ -16,7 +14,7 @@ gen = torch.Generator().manual_seed(3)
 images = torch.randn(22,3,10,10, generator=gen) # batches of 4: the last ones are smaller
 def get_x(i): return images[i]
 def get_y(i): return torch.tensor(i%4)
-counts = dict(steps=0, checks=0)
+counts = dict(checks=0)
 
 class Machine(RuleBasedStateMachine):
     "`self.unfolded` is the model as it would be without any fold"
