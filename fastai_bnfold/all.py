@@ -5,6 +5,7 @@ from .plan import FoldPlan
 from .folder import BNFolder
 from .learner import FoldBN
 from . import bn_stats # Learner.reestimate_bn, Learner.correct_bn, Learner.uncorrect_bn
+from . import graph, deploy # BNFolder.fold_graph, Learner.deploy
 from .fixed_point import FixedPointBN, FixedPointError, IntegerNet, fixed_point_bn
 
 __all__ = ['BNFolder', 'FoldBN', 'FoldReport', 'FoldPlan', 'Row', 'Affine', 'FoldError', 'StatisticsError', 'TraceError', 'VerificationError',

@@ -9,13 +9,14 @@ __all__ = ['latency', 'median', 'ratio']
 import time, torch, statistics
 from .trace import *
 
-# %% ../nbs/07_latency.ipynb #06c342f1
+# %% ../nbs/07_latency.ipynb #4e55edcc
 def latency(
     fns:dict,            # Name → function without arguments to time
     seconds:float=3.,    # Time to spend in all, warm-up included (at least `min_rounds` rounds are run)
     min_rounds:int=3,
     max_rounds:int=200,
-    cuda:bool=False      # Wait for the GPU after every call
+    cuda:bool=False,     # Wait for the GPU after every call
+    warm:int=0           # Calls that are not timed before each that is: a candidate's turn begins with its predecessor's data in the caches and its threads still spinning
 ) -> dict:               # Name → list of seconds, one per round
     "Time functions in turns; no gradients"
     sync = torch.cuda.synchronize if cuda else lambda: None
@@ -26,6 +27,7 @@ def latency(
         for i in range(max_rounds):
             if i>=min_rounds and time.perf_counter()>end: break
             for k in (list(fns) if i%2 else list(fns)[::-1]):
+                for _ in range(warm): fns[k]()
                 sync(); t = time.perf_counter()
                 fns[k](); sync()
                 res[k].append(time.perf_counter()-t)

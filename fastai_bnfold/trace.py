@@ -115,7 +115,7 @@ def uncompiled(model:nn.Module):
     import torch._dynamo as dynamo # takes seconds
     with torch.compiler.set_stance('force_eager'), dynamo.config.patch(error_on_nested_fx_trace=False): yield
 
-# %% ../nbs/01_trace.ipynb #a31fb9d9
+# %% ../nbs/01_trace.ipynb #37065651
 def _kept(known):
     "The tensors, made by the model in the trace that runs, which are still alive and none of the `known` ones"
     known = {id(o) for t in known for o in (t, t._base)} # a view keeps its base alive
@@ -227,7 +227,7 @@ class Trace:
         if n.op=='get_attr': return "a constant or parameter"
         name,c = op_name(n), self.call(n)
         if c is None or c.path=='': return f"`{name}` in the model's own `forward`"
-        return f"`{c.path}` ({type(c.module).__name__})" if len(self.ops_of(c))==1 and not self.children(c) else f"`{name}` in `{c.path}` ({type(c.module).__name__})"
+        return f"`{c.path}` ({c.module._get_name()})" if len(self.ops_of(c))==1 and not self.children(c) else f"`{name}` in `{c.path}` ({c.module._get_name()})"
 
 def ops(*names) -> list:
     "The aten ops of these names, the in-place forms (`name_`) included, where this version of torch has them"

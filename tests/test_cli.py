@@ -4,7 +4,7 @@ import pytest, torch
 from PIL import Image
 
 def bnfold(*args, **env):
-    return subprocess.run([sys.executable, '-c', 'from fastai_bnfold.experiments import main; import sys; sys.argv[0]="bnfold"; main()', *map(str, args)],
+    return subprocess.run([sys.executable, '-c', 'from fastai_bnfold.cli import main; import sys; sys.argv[0]="bnfold"; main()', *map(str, args)],
                           capture_output=True, text=True, env={**os.environ, 'MPLBACKEND':'agg', **env})
 
 def images(p, train='train'):
