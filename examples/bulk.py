@@ -11,7 +11,7 @@ cluster Ray uses the cores of this machine.
 Ray does the rest: it starts a worker again that dies, and gives its batch to another; and it notes in OUT.done which images are written,
 so that the same command after a crash, a power cut or Ctrl-C goes on where it stopped. The notes go when all is done.
 """
-import logging
+import logging, os
 from pathlib import Path
 import pyarrow.dataset, ray
 from fastcore.script import call_parse
@@ -35,18 +35,21 @@ def main(
     deployed:str,      # Folder that `learn.deploy` made
     source:str,        # Folder of images, or Parquet with `path` and `bytes`
     out:str,           # Folder for the predictions, as Parquet
-    workers:int=None,  # Copies of the model, at most; so many that a core is left for reading and writing, if left out
+    workers:int=None,  # Copies of the model, at most (default: as many as there are cores for)
     batch:int=16,      # Images that a worker takes at a time
-    threads:int=1      # Cores of a worker
+    threads:int=1,     # Cores of a worker
+    block:int=32       # MB of images after which progress is noted
 ):
     "Bulk inference with Ray Data; the same command again goes on where it stopped"
     Deployed(deployed) # a bad deployment is an error here, not in every worker
     source,out = Path(source).absolute(),Path(out).absolute()
     if not source.exists(): raise SystemExit(f"bulk: there is no '{source}'")
     table = source.is_file() or any(source.glob('*.parquet'))
-    ray.init(ignore_reinit_error=True, logging_level=logging.WARNING, include_dashboard=False)
-    workers = workers or max(1, int(ray.cluster_resources()['CPU'])//threads-1)
+    here = {} if os.environ.get('RAY_ADDRESS') else dict(num_cpus=os.cpu_count()+3, include_dashboard=False) # in Ray's books, reading, looking up what is done, and writing take a core each
+    ray.init(logging_level=logging.WARNING, **here)
+    workers = workers or max(1, (int(ray.cluster_resources()['CPU'])-3)//threads)
     ctx = ray.data.DataContext.get_current()
+    ctx.target_max_block_size,ctx.target_min_block_size = block*2**20,block*2**19
     ctx.checkpoint_config = CheckpointConfig(id_column='path', checkpoint_path=f'{out}.done')
     data = ray.data.read_parquet(str(source), columns=['path','bytes']) if table else \
            ray.data.read_binary_files(str(source), include_paths=True, file_extensions=images)

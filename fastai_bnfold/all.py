@@ -1,12 +1,15 @@
 "Everything a notebook needs: `from fastai_bnfold.all import *`"
-from .affine import Affine, FoldError, StatisticsError, TraceError, VerificationError, FoldedError, NoDataError
+from .errors import *
+from .affine import Affine
 from .report import FoldReport, Row
 from .plan import FoldPlan
 from .folder import BNFolder
 from .learner import FoldBN
 from . import bn_stats # Learner.reestimate_bn, Learner.correct_bn, Learner.uncorrect_bn
-from . import graph, deploy # BNFolder.fold_graph, Learner.deploy
+from . import graph  # BNFolder.fold_graph
+from . import deploy # Learner.deploy
+from .serve import Deployed
 from .fixed_point import FixedPointBN, FixedPointError, IntegerNet, fixed_point_bn
 
 __all__ = ['BNFolder', 'FoldBN', 'FoldReport', 'FoldPlan', 'Row', 'Affine', 'FoldError', 'StatisticsError', 'TraceError', 'VerificationError',
-           'FoldedError', 'NoDataError', 'FixedPointBN', 'FixedPointError', 'IntegerNet', 'fixed_point_bn']
+           'FoldedError', 'NoDataError', 'DeployError', 'Deployed', 'FixedPointBN', 'FixedPointError', 'IntegerNet', 'fixed_point_bn']

@@ -162,8 +162,8 @@ def linear_forward(t, n, a, src):
     if x is not src: raise Stop(f"{t.where(n)}, for which it is the weight")
     return [Absorb(layer, 'in', per_channel(t, n, a, -1))]
 
-# %% ../nbs/02_rules.ipynb #528893f8
-bn_ops = ops('batch_norm','native_batch_norm','_native_batch_norm_legit','_native_batch_norm_legit_no_training','cudnn_batch_norm','miopen_batch_norm','instance_norm')
+# %% ../nbs/02_rules.ipynb #9e273b88
+bn_ops = ops('batch_norm','native_batch_norm','_native_batch_norm_legit','_native_batch_norm_legit_functional','_native_batch_norm_legit_no_training','cudnn_batch_norm','miopen_batch_norm','instance_norm')
 
 def running(n:Node) -> bool:
     "Does this BN (or InstanceNorm) normalize by its running statistics?"
