@@ -178,7 +178,7 @@ def _raw_row(to, i):
     row = to.decode_row(to.items.iloc[i]).to_dict()
     return row | {k[:-3]: math.nan for k in to.cat_names if k.endswith('_na') and str(row[k])=='True'}
 
-# %% ../nbs/13_deploy.ipynb #ddc7be69
+# %% ../nbs/13_deploy.ipynb #845dac0e
 def _shapes(ep):
     vals = [n.meta['val'] for n in ep.graph.nodes if n.op=='placeholder' and n.name in ep.graph_signature.user_inputs]
     return [[None if isinstance(s, torch.SymInt) else int(s) for s in v.shape] for v in vals]
@@ -238,7 +238,7 @@ def deploy(self:Learner,
     path = Path(path).expanduser().absolute()
     _check_target(path, backend)
     if not _has_valid(self): raise NoDataError("This Learner has no validation set to check a deployed model on. Give its `DataLoaders` one.")
-    args = map_tensors(Tensor.cpu, _learner_batch(self))
+    args = map_tensors(lambda o: o.cpu().contiguous(), _learner_batch(self)) # (AOTInductor believes the strides of its example)
     if len(args[0])<2: args = map_tensors(lambda o: torch.cat([o,o]), args)
     try: model = deepcopy(self.model).cpu().float().eval()
     except Exception as e: raise DeployError(f"The model cannot be copied ({type(e).__name__}: {e})") from e

@@ -131,7 +131,7 @@ def _keep_attr(new, n, t):
     n.op,n.target,n.args,n.kwargs = 'get_attr',f'constant_{n.name}',(),{}
     new.register_parameter(n.target, t) if isinstance(t, nn.Parameter) else new.register_buffer(n.target, t)
 
-# %% ../nbs/11_graph.ipynb #8dd1f120
+# %% ../nbs/11_graph.ipynb #a961cc88
 def _op(gm, n): return gm.get_submodule(n.target) if n.op=='call_module' else None
 
 def _given(gm, n):
@@ -145,6 +145,7 @@ def _number(x): return isinstance(x, (int,float)) and not isinstance(x, bool)
 def _is_sum(gm, n):
     "Is `n` a sum, or a multiple, of values and numbers?"
     v,name = _given(gm, n),_name(gm, n)
+    if not v: return False # (on sizes, not on tensors)
     return name in ('add','sub','rsub') and all(_number(x) or isinstance(x, Node) and x.op!='get_attr' for x in (v['self'],v['other'])) and _number(v['alpha']) or \
         name in ('mul','div') and isinstance(v['self'], Node) and _number(v['other']) and not v.get('rounding_mode')
 

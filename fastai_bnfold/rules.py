@@ -228,7 +228,7 @@ def identity_forward(t, n, a, src):
     _check_identity(t, n)
     return [(n, a)]
 
-# %% ../nbs/02_rules.ipynb #e69329fb
+# %% ../nbs/02_rules.ipynb #af9806f6
 def compress(a:Affine) -> Affine:
     "`a` with every dimension along which it is constant reduced to 1; an entry that is NaN may be anything, and becomes an identity in the end"
     s,t = a.scale,a.shift
@@ -246,7 +246,8 @@ _movement = ops('view','reshape','_unsafe_view','flatten','unflatten','permute',
 def _moved(t, n, f):
     "What `n` does to the tensors that `f` gives for the values it moves (constants stay: an index)"
     g = lambda i: t.const(i) if t.is_const(i) else f(i)
-    return n.target(*torch.fx.node.map_arg(n.args, g), **torch.fx.node.map_arg(n.kwargs, g))
+    op = torch.ops.aten.reshape.default if op_name(n) in ('view','_unsafe_view') and 'size' in arguments(n) else n.target # (what stands for the values may lie otherwise in memory)
+    return op(*torch.fx.node.map_arg(n.args, g), **torch.fx.node.map_arg(n.kwargs, g))
 
 def _pads(t, n, a):
     "Does `n` pad with a constant? `Stop` if the map changes it, or differs along what is padded"

@@ -157,7 +157,7 @@ def test_in_training_mode():
     f = BNFolder(); f.fold_graph(ep)
     assert f.report.n_folded==0 and 'statistics of the batch' in f.report.kept[0].reason
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, print_blob=False)
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, print_blob=False)
 @given(programs)
 def test_random_graphs(program):
     steps,seed = program
@@ -168,4 +168,4 @@ def test_random_graphs(program):
     f = BNFolder(); new = f.fold_graph(ep)
     assert all(r.folded or r.reason for r in f.report.rows)
     for v in (x, torch.randn(3,C,5,6).double()):
-        with torch.no_grad(): assert max_err([net(v)], [new.module()(v)])<1e-9
+        with torch.no_grad(): assert max_err(tensors_of(net(v)), tensors_of(new.module()(v)))<1e-9
