@@ -12,12 +12,12 @@ from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 from fastai_bnfold.all import *
 from fastai_bnfold.affine import Clamp
+from fastai_bnfold.bench import bn_deleted, find_model, warm_up
 from fastai_bnfold.experiments import machine
 from fastai_bnfold.folder import swaps_for
 from fastai_bnfold.latency import latency, median, ratio
 from fastai_bnfold.rules import Rebound
 from fastai_bnfold.report import text_table
-from fold import deleted, warmed_up
 
 def ops(shape, seconds, device):
     "Medians of the ops before and after, in µs"
@@ -31,12 +31,13 @@ def ops(shape, seconds, device):
 
 def network(name, seconds, device):
     "Latency of a network unfolded, with the plain pairs folded, with all folded, and with the BNs deleted"
-    m,x = warmed_up(name),torch.randn(1,3,224,224)
+    torch.manual_seed(0)
+    m,x = warm_up(find_model(name)[0]),torch.randn(1,3,224,224)
     folder = BNFolder()
     full,plan = folder.fold(m, x),folder.plan(m, x)
     pairs,plain = copy.deepcopy(m),[s for s in plan.steps if not any(isinstance(e, Rebound) for e in s.edits)]
     swaps_for(pairs, plain).redo()
-    nets = {k: n.to(device).eval() for k,n in {'unfolded': m, 'plain pairs': pairs, 'all': full, 'BNs deleted': deleted(m)}.items()}
+    nets = {k: n.to(device).eval() for k,n in {'unfolded': m, 'plain pairs': pairs, 'all': full, 'BNs deleted': bn_deleted(m)}.items()}
     left = {k: sum(isinstance(o, nn.BatchNorm2d) for o in n.modules()) for k,n in nets.items()}
     x = x.to(device)
     with torch.no_grad(): times = latency({k: (lambda n=n: n(x)) for k,n in nets.items()}, seconds, cuda=device!='cpu')

@@ -1,11 +1,11 @@
 """What `learn.deploy` keeps and what it brings: parity on every backend, re-parameterized networks, latency in every engine.
 
-    python benchmarks/deploy.py [--data imagenette] [--part parity,reparameterize,latency] [--out benchmarks/results/deploy.json]
+    python benchmarks/deploy.py [--part parity,reparameterize,latency,engines] [--out benchmarks/results/deploy.json]
 
 Parity: nine kinds of Learners, deployed to every backend and compared on the validation set (every 32nd image of ImageNette from the
 environment variable IMAGENETTE, if that is set, else the digits, at 224 pixels; a synthetic table). The networks are not trained: their BN
 statistics are computed on training images. Re-parameterize: number of convolutions and latency beside timm's own `reparameterize_model`.
-Latency: `bnfold bench` for the seven networks. Interleaved runs, medians.
+Latency: `bnfold bench` for all nine with four engines and tools; engines: for two networks with all of them. Interleaved runs, medians.
 """
 import json, os, time
 from pathlib import Path
@@ -19,9 +19,10 @@ from fastai_bnfold.deploy import backends, export_model
 from fastai_bnfold.experiments import get_dls, machine
 from fastai_bnfold.folder import max_err
 from fastai_bnfold.latency import latency, median, ratio
-from fastai_bnfold.report import text_table
+from fastai_bnfold.serve import load_engine
 
 networks = 'resnet50,vgg16_bn,mobilenet_v2,densenet121,efficientnet_b0,repvgg_a0,levit_128s'.split(',')
+learners = ['vision_learner','tabular_learner']
 
 def image_dls():
     dls = get_dls('imagenette' if os.environ.get('IMAGENETTE') else 'digits', 224, 16)
@@ -51,9 +52,9 @@ def learner(name, dls):
     learn.model.eval()
     return learn
 
-def parity(out):
-    dls,rows = image_dls(),[]
-    for k in progress_bar([*networks, 'vision_learner','tabular_learner']):
+def parity(out, names, rows):
+    dls,rows = image_dls(),[r for r in rows if r['network'] not in names]
+    for k in progress_bar(names):
         learn = learner(k, dls)
         for b in backends:
             t,r = time.time(),dict(network=k, backend=b)
@@ -73,36 +74,46 @@ def reparameterize(seconds):
         folder = BNFolder()
         ours,theirs = folder.fold_graph(ep),reparameterized(m).eval()
         g,(x,) = ours.module(check_guards=False),example(m, 1)
-        t = latency({'unfolded': lambda: m(x), 'ours': lambda: g(x), 'timm': lambda: theirs(x)}, seconds, max_rounds=2000, warm=1)
+        exported = export_model(theirs, example(m, 2))
+        h = exported.module(check_guards=False)
+        with tempfile.TemporaryDirectory() as d: # in the same engine, both
+            for n in 'ab': (Path(d)/n).mkdir()
+            a,b = (load_engine('onnx', Path(d)/n/backends['onnx'](p, Path(d)/n), torch.get_num_threads()) for n,p in (('a',ours),('b',exported)))
+        inputs = {'x': x.numpy()}
+        t = latency({'unfolded': lambda: m(x), 'ours': lambda: g(x), 'timm': lambda: theirs(x), 'timm, exported': lambda: h(x), 'ours, ONNX Runtime': lambda: a(inputs), 'timm, ONNX Runtime': lambda: b(inputs)}, seconds, max_rounds=2000, warm=.01)
         with torch.no_grad(): errs = [max_err([m(x)], [f(x)]) for f in (g, theirs)]
         res[k] = dict(convs=sum(isinstance(o, nn.Conv2d) for o in m.modules()), convs_ours=sum('conv2d' in str(n.target) for n in ours.graph.nodes), convs_timm=sum(isinstance(o, nn.Conv2d) for o in theirs.modules()),
                       n_bn=folder.report.n_bn, n_folded=folder.report.n_folded, merged=sum(map(len, folder.report.merged.values())), max_err_ours=errs[0], max_err_timm=errs[1], rounds=len(t['ours']),
-                      ms={n: 1e3*median(v) for n,v in t.items()}, ours_over_timm=ratio(t, 'ours', 'timm'), speedup=ratio(t, 'unfolded', 'ours'))
+                      ms={n: 1e3*median(v) for n,v in t.items()}, ours_over_timm=ratio(t, 'ours', 'timm'), ours_over_timm_exported=ratio(t, 'ours', 'timm, exported'), ours_over_timm_onnx=ratio(t, 'ours, ONNX Runtime', 'timm, ONNX Runtime'), speedup=ratio(t, 'unfolded', 'ours'))
         print(k, res[k], flush=True)
     return res
 
-def latencies(seconds):
+few = ('eager','ONNX Runtime','OpenVINO','limit: BNs deleted') # the fewer take turns, the more rounds there are
+
+def latencies(names, seconds, only):
     res = {}
-    for k in progress_bar(networks):
+    for k in progress_bar(names):
         torch.manual_seed(0)
-        m = warm_up(find_model(k)[0], 224)
+        m = learner(k, get_dls('digits', 224, 16)).model if k in learners else warm_up(find_model(k)[0], 224)
         x = example(m, 1)
-        rows = bench(m, x, seconds)
+        rows = bench(m, x, seconds, only=only)
         res[k] = dict(subnormal_share=subnormal_share(m, x), rows=rows)
         print(f'\n{k}\n{bench_table(rows)}', flush=True)
     return res
 
 @call_parse
 def main(
-    part:str='parity,reparameterize,latency',  # What to measure
+    part:str='parity,reparameterize,latency,engines',  # What to measure
     seconds:float=60,                          # For each network's latencies
+    network:str='',                            # Networks to measure parity and latency of (default: all); others that are there stay
     out:str='benchmarks/results/deploy.json'   # Where the figures go; other parts that are there stay
 ):
     "Parity, re-parameterization and latency of deployed models"
     out = Path(out); out.parent.mkdir(parents=True, exist_ok=True)
     res = json.loads(out.read_text()) if out.exists() else {}
+    names,old = network.split(',') if network else networks+learners, lambda p, k, none: res.get(p, {}).get(k, none) if network else none
     with tempfile.TemporaryDirectory() as d:
         for p in part.split(','):
-            res[p] = dict(machine=machine()) | {'parity': lambda: parity(Path(d)), 'reparameterize': lambda: dict(networks=reparameterize(seconds)), 'latency': lambda: dict(networks=latencies(seconds))}[p]()
+            res[p] = dict(machine=machine()) | {'parity': lambda: parity(Path(d), names, old('parity', 'rows', [])), 'reparameterize': lambda: dict(networks=reparameterize(seconds)), 'latency': lambda: dict(networks=old('latency', 'networks', {}) | latencies(names, seconds, few)), 'engines': lambda: dict(networks=latencies(['resnet50','mobilenet_v2'], seconds, ()))}[p]()
             out.write_text(json.dumps(res, indent=1))
     print(f'All figures: {out}')

@@ -6,52 +6,24 @@ Interleaved runs, medians; ratios are medians over rounds. The networks are warm
 images, so that activations are of ordinary size (no subnormal numbers, which would fake a speed-up). `pip install --no-deps fasterai==0.4.1`
 adds FasterAI to the table; without it, it says so.
 """
-import copy, importlib.util, json
+import importlib.util, json
 from pathlib import Path
-import torch, torchvision
+import torch
 from torch import nn
 from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 from fastai_bnfold.all import *
+from fastai_bnfold.bench import bn_deleted, fasterai_fold, find_model, fx_fuse, warm_up
 from fastai_bnfold.experiments import machine
 from fastai_bnfold.latency import latency, median, ratio
 from fastai_bnfold.folder import max_err
 from fastai_bnfold.report import text_table
 
-def fasterai_folder():
-    "FasterAI's `BN_Folder`, from its own file (the package's `__init__` imports much that is not needed here)"
-    spec = importlib.util.find_spec('fasterai')
-    if spec is None: return None
-    f = Path(spec.submodule_search_locations[0])/'misc'/'bn_folding.py'
-    spec = importlib.util.spec_from_file_location('fasterai_bn_folding', f)
-    m = importlib.util.module_from_spec(spec); spec.loader.exec_module(m)
-    return m.BN_Folder().fold
-
-def warmed_up(arch):
-    "A network whose BN statistics are those of its own activations"
-    torch.manual_seed(0)
-    try: m = torchvision.models.get_model(arch, weights=None, num_classes=10).train()
-    except ValueError: import timm; m = timm.create_model(arch, num_classes=10).train()
-    for b in m.modules():
-        if isinstance(b, nn.BatchNorm2d): b.momentum = None # cumulative
-    with torch.no_grad():
-        for _ in range(3): m(torch.randn(8,3,64,64))
-    return m.eval()
-
-def deleted(m):
-    "The limit: every BN deleted, wrong outputs and all; convolutions keep the bias that a fold gives them"
-    m = copy.deepcopy(m)
-    for p in list(m.modules()):
-        for k,c in p._modules.items():
-            if isinstance(c, nn.BatchNorm2d): p._modules[k] = nn.Sequential(*c.children()) if len(c._modules) else nn.Identity() # (timm's ends with an activation)
-            if isinstance(c, nn.Conv2d) and c.bias is None: c.bias = nn.Parameter(torch.zeros(c.out_channels))
-    return m
-
 def bench(arch, seconds):
-    m,x = warmed_up(arch),torch.randn(1,3,224,224)
-    from torch.fx.experimental.optimization import fuse
+    torch.manual_seed(0)
+    m,x = warm_up(find_model(arch)[0]),torch.randn(1,3,224,224)
     tools = {'fastai_bnfold': lambda m: BNFolder().fold(m, x), 'fastai_bnfold, verify=False': lambda m: BNFolder(verify=False).fold(m, x),
-             'torch.fx fuse': lambda m: fuse(m), 'FasterAI BN_Folder': fasterai_folder()}
+             'torch.fx fuse': fx_fuse, 'FasterAI BN_Folder': fasterai_fold if importlib.util.find_spec('fasterai') else None}
     with torch.no_grad(): ref = [m(x)]
     folded,rows,missing = {},{},[k for k,f in tools.items() if f is None]
     tools = {k:f for k,f in tools.items() if f}
@@ -61,7 +33,7 @@ def bench(arch, seconds):
         folded[k] = g
     fold = latency({'one forward pass': lambda: m(x), **{k: (lambda f=f: f(m)) for k,f in tools.items()}}, seconds)
     for k in tools: rows[k] |= dict(fold_seconds=median(fold[k]), fold_in_forwards=ratio(fold, k, 'one forward pass'))
-    run = {'unfolded': m, 'limit': deleted(m), **{k:g for k,g in folded.items() if 'verify' not in k}}
+    run = {'unfolded': m, 'limit': bn_deleted(m), **{k:g for k,g in folded.items() if 'verify' not in k}}
     lat = latency({k: (lambda g=g: g(x)) for k,g in run.items()}, seconds, max_rounds=2000)
     for k in run: rows.setdefault(k, {}).update(latency_ms=1e3*median(lat[k]), over_limit=ratio(lat, k, 'limit'), speedup=ratio(lat, 'unfolded', k))
     return dict(rounds_fold=len(fold['one forward pass']), rounds_latency=len(lat['unfolded']), rows=rows, missing=missing)

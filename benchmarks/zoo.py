@@ -6,7 +6,7 @@
 Untrained weights, random BN statistics (`randomize_bn`: negative, zero and tiny γ too), one image of the model's default size. What is counted is the BN
 operations that run, functional ones included, not the BN modules that are left. A crash or a wrong answer of a tool is a cell of the table, and counts as nothing folded.
 """
-import copy, gc, json, logging, time, warnings
+import copy, gc, importlib.util, json, logging, time, warnings
 from pathlib import Path
 import torch, torchvision
 from torch import nn
@@ -19,7 +19,7 @@ from fastai_bnfold.folder import randomize_bn, max_err
 from fastai_bnfold.plan import bn_calls
 from fastai_bnfold.trace import Trace, run
 from fastai_bnfold.report import text_table
-from fold import fasterai_folder
+from fastai_bnfold.bench import fasterai_fold, fx_fuse
 
 class Reused(nn.Module):
     "One convolution, called twice; a BN on one path only"
@@ -74,9 +74,7 @@ def aimet():
 
 def tools():
     "Tool → function of a model and its arguments, or None"
-    from torch.fx.experimental.optimization import fuse
-    fai = fasterai_folder()
-    return {'FasterAI': fai and (lambda m, args: fai(m)), 'torch.fx fuse': lambda m, args: fuse(m), 'AIMET': aimet()}
+    return {'FasterAI': (lambda m, args: fasterai_fold(m)) if importlib.util.find_spec('fasterai') else None, 'torch.fx fuse': lambda m, args: fx_fuse(m), 'AIMET': aimet()}
 
 def in64(args): return tuple(a.double() if a.is_floating_point() else a for a in args)
 

@@ -340,6 +340,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'fastai_bnfold.graph._flat': ('graph.html#_flat', 'fastai_bnfold/graph.py'),
                                      'fastai_bnfold.graph._flat_module': ('graph.html#_flat_module', 'fastai_bnfold/graph.py'),
                                      'fastai_bnfold.graph._given': ('graph.html#_given', 'fastai_bnfold/graph.py'),
+                                     'fastai_bnfold.graph._in_place': ('graph.html#_in_place', 'fastai_bnfold/graph.py'),
                                      'fastai_bnfold.graph._is_layer': ('graph.html#_is_layer', 'fastai_bnfold/graph.py'),
                                      'fastai_bnfold.graph._is_sum': ('graph.html#_is_sum', 'fastai_bnfold/graph.py'),
                                      'fastai_bnfold.graph._keep_attr': ('graph.html#_keep_attr', 'fastai_bnfold/graph.py'),

@@ -72,14 +72,14 @@ def subnormal_share(model:nn.Module, args:tuple) -> float:
     finally: [h.remove() for h in hooks]
     return sum(c for c,_ in counts)/max(sum(n for _,n in counts), 1)
 
-# %% ../nbs/14_bench.ipynb #369c1ac5
+# %% ../nbs/14_bench.ipynb #3915c71c
 def bn_deleted(model:nn.Module) -> nn.Module:
-    "The limit: a copy without BNs, wrong outputs and all; convolutions get the bias that a fold gives them"
+    "The limit: a copy without BNs, wrong outputs and all; layers get the bias that a fold gives them"
     m = copy.deepcopy(model)
     for p in list(m.modules()):
         for k,c in p._modules.items():
             if isinstance(c, nn.modules.batchnorm._BatchNorm): p._modules[k] = nn.Sequential(*c.children()) if len(c._modules) else nn.Identity() # (timm's ends with an activation)
-            if isinstance(c, nn.Conv2d) and c.bias is None: c.bias = nn.Parameter(torch.zeros(c.out_channels, device=c.weight.device, dtype=c.weight.dtype))
+            if isinstance(c, (nn.Conv2d,nn.Linear)) and c.bias is None: c.bias = nn.Parameter(torch.zeros(len(c.weight), device=c.weight.device, dtype=c.weight.dtype))
     return m
 
 class NotThere(FoldError): "A tool or engine is not installed, or not of use for this model"
@@ -106,7 +106,7 @@ def reparameterized(model:nn.Module) -> nn.Module:
     if len(list(m.modules()))==len(list(model.modules())): raise NotThere('changes nothing')
     return m
 
-# %% ../nbs/14_bench.ipynb #ff7174ef
+# %% ../nbs/14_bench.ipynb #74ddb0d2
 engines = {}
 def _engine(name, cuda=None):
     "Register `f(case, model)`, which returns a function without arguments; `cuda`: only with (True) or without (False) a GPU"
@@ -117,13 +117,13 @@ class Case:
     "A model, a batch, and what folding makes of the model"
     def __init__(self, model, args, threads): self.model,self.args,self.threads,self._graphs = model,args,threads,{}
     def folded(self): return BNFolder().fold(self.model, self.args)
-    def graph(self, fold):
-        "The exported program"
-        if fold not in self._graphs:
+    def graph(self, fold, **options):
+        "The exported program, folded as a backend with these options wants it"
+        if (key := (fold, *options.items())) not in self._graphs:
             two = tuple(torch.cat([o,o]) if len(o)<2 else o for o in self.args)
             ep = export_model(copy.deepcopy(self.model), two)
-            self._graphs[fold] = BNFolder().fold_graph(ep) if fold else ep
-        return self._graphs[fold]
+            self._graphs[key] = BNFolder(**options).fold_graph(ep) if fold else ep
+        return self._graphs[key]
 
 @_engine('eager')
 def _eager(c, m): return lambda: m(*c.args)
@@ -146,10 +146,11 @@ def _jit(c, m):
         j = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(m, c.args)))
     return lambda: j(*c.args)
 
-def _compiled(c, m, **options):
-    from torch._dynamo import config
-    with config.patch(recompile_limit=1000, accumulated_recompile_limit=10000), torch.no_grad():
-        f = torch.compile(copy.deepcopy(m), dynamic=False, options=options or None)
+def _compiled(c, m, freezing=False):
+    import torch._dynamo.config, torch._inductor.config
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10000 # many models share the code of a `forward`; (not as a patch: what is compiled inside would be compiled again outside)
+    with torch._inductor.config.patch(freezing=freezing), torch.no_grad():
+        f = torch.compile(copy.deepcopy(m), dynamic=False, options=dict(freezing=freezing)) # (the option alone comes too late, the configuration alone finds the code that was compiled without)
         f(*c.args)
     return lambda: f(*c.args)
 
@@ -161,7 +162,7 @@ def _freezing(c, m): return _compiled(c, m, freezing=True)
 
 def _served(backend, c, m):
     d = tempfile.mkdtemp()
-    ep = c.graph(m is not c.model)
+    ep = c.graph(m is not c.model, **backends[backend].options)
     f = load_engine(backend, Path(d)/backends[backend](ep, Path(d)), c.threads)
     inputs = {n.name: o.numpy() for n,o in zip([n for n in ep.graph.nodes if n.name in ep.graph_signature.user_inputs], c.args)}
     return lambda: f(inputs)
@@ -195,7 +196,7 @@ def _fp16(c, m): return _half(c, m)
 @_engine('fp16, channels_last', cuda=True)
 def _fp16_channels_last(c, m): return _half(c, m, memory_format=torch.channels_last)
 
-# %% ../nbs/14_bench.ipynb #8d588cc8
+# %% ../nbs/14_bench.ipynb #9f4e0912
 tools = {'limit: BNs deleted': bn_deleted, 'FasterAI BN_Folder': fasterai_fold, 'torch.fx fuse': fx_fuse, 'timm reparameterize_model': reparameterized}
 
 def _candidates(c, only, cuda):
@@ -231,7 +232,7 @@ def bench(
                 got = [torch.as_tensor(o) for o in tensors_of(f()) or f()]
             row['max_err'],fns[engine,which] = max_err(want, [g.view_as(w) if g.numel()==w.numel() else g for g,w in zip(got, want)]),f
         except Exception as e: row['error'] = str(e) if isinstance(e, NotThere) else f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:150]}"
-    times = latency(fns, seconds, max_rounds=1000, cuda=cuda, warm=1)
+    times = latency(fns, seconds, max_rounds=1000, cuda=cuda, warm=.01)
     base = ('eager','unfolded')
     for r in rows:
         if (k := (r['engine'],r['model'])) not in times: continue

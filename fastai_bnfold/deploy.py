@@ -29,9 +29,12 @@ from .learner import _first, _has_valid, _learner_batch
 from .serve import *
 from .serve import load_engine, open_image
 
-# %% ../nbs/13_deploy.ipynb #920aec70
+# %% ../nbs/13_deploy.ipynb #afeb6ac2
 backends = {}
-def backend(f): backends[f.__name__.strip('_')] = f; return f
+def backend(**options):
+    "Register a backend; `options` of the `BNFolder` that folds for it"
+    def deco(f): backends[f.__name__.strip('_')] = f; f.options = options; return f
+    return deco
 
 def export_model(
     model:nn.Module,   # In eval mode
@@ -48,7 +51,7 @@ def export_model(
         except Exception as e: raise DeployError(f"This model cannot be exported with `torch.export` and a dynamic batch size ({type(e).__name__}: {str(e).strip().splitlines()[0]}). "
             "`backend='eager'` needs no export; or make the model's `forward` exportable.") from e
 
-@backend
+@backend(clamps=False) # its `Max` with a bound per channel takes longer than its BN and ReLU
 def _onnx(ep, to):
     try: import onnxscript
     except ImportError as e: raise DeployError("Backend 'onnx' needs ONNX, its exporter and its runtime: pip install 'fastai_bnfold[onnx]'") from e
@@ -56,7 +59,7 @@ def _onnx(ep, to):
     torch.onnx.export(ep, ep.example_inputs[0], dynamo=True, verbose=False, input_names=names, external_data=False).save(str(to/'model.onnx'))
     return 'model.onnx'
 
-@backend
+@backend()
 def _openvino(ep, to):
     try: import openvino as ov
     except ImportError as e: raise DeployError("Backend 'openvino' needs OpenVINO: pip install 'fastai_bnfold[openvino]'") from e
@@ -64,14 +67,14 @@ def _openvino(ep, to):
     ov.save_model(m, str(to/'model.xml'), compress_to_fp16=False)
     return 'model.xml'
 
-@backend
+@backend()
 def _torch(ep, to):
     import torch._inductor
     try: torch._inductor.aoti_compile_and_package(ep, package_path=str(to/'model.pt2'))
     except Exception as e: raise DeployError(f"PyTorch could not compile this model ({type(e).__name__}: {str(e).strip().splitlines()[0]}). It needs a C++ compiler (g++ or clang++); the other backends need none.") from e
     return 'model.pt2'
 
-@backend
+@backend()
 def _eager(model, to):
     torch.save(model, to/'model.pt')
     return 'model.pt'
@@ -178,7 +181,7 @@ def _raw_row(to, i):
     row = to.decode_row(to.items.iloc[i]).to_dict()
     return row | {k[:-3]: math.nan for k in to.cat_names if k.endswith('_na') and str(row[k])=='True'}
 
-# %% ../nbs/13_deploy.ipynb #845dac0e
+# %% ../nbs/13_deploy.ipynb #b5e68d66
 def _shapes(ep):
     vals = [n.meta['val'] for n in ep.graph.nodes if n.op=='placeholder' and n.name in ep.graph_signature.user_inputs]
     return [[None if isinstance(s, torch.SymInt) else int(s) for s in v.shape] for v in vals]
@@ -190,7 +193,8 @@ def _names(model, args):
 
 def _write(model, args, backend, to, sizes):
     "Fold and write; the name of the file, the `FoldReport`, and the shapes of the inputs"
-    folder,f = BNFolder(),backends[backend]
+    f = backends[backend]
+    folder = BNFolder(**f.options)
     if backend=='eager': return f(folder.fold(model, args), to), folder.report, [[None, *o.shape[1:2], *([None]*(o.ndim-2) if sizes else o.shape[2:])] for o in args]
     ep = folder.fold_graph(export_model(model, args, sizes))
     return f(ep, to), folder.report, _shapes(ep)

@@ -175,7 +175,7 @@ def rounding(
         return max(max_err(run(exact, map_tensors(double, args)), out) for args,out in batches)
     except Exception: return 0.
 
-# %% ../nbs/05_folder.ipynb #b8402513
+# %% ../nbs/05_folder.ipynb #b8032f22
 def _n(ts): return sum(t.numel() for t in ts)
 
 @contextmanager
@@ -208,8 +208,9 @@ class BNFolder:
     "Fold the batch norms of a model into their neighbours; `report` tells what happened"
     def __init__(self,
         verify:bool=True, # Compare the outputs before and after on three batches or more. False saves the forward passes, and a fold that is wrong would go unnoticed
-        costly:bool=False # Fold, too, where the activations that change cost more time than the BN that goes? (`FoldReport.n_possible` counts these)
-    ): self.verify,self.costly,self.report,self._swaps,self._folded = verify,costly,None,None,None
+        costly:bool=False, # Fold, too, where the activations that change cost more time than the BN that goes? (`FoldReport.n_possible` counts these)
+        clamps:bool=True   # May activations get bounds per channel? (`FoldReport.n_possible` counts what stays without)
+    ): self.verify,self.costly,self.clamps,self.report,self._swaps,self._folded = verify,costly,clamps,None,None,None
 
     @_in_words()
     def plan(self,
@@ -273,7 +274,7 @@ class BNFolder:
                 t = Trace(model, args, inplace)
                 if (err := max_err(run_before, t.outputs)) <= tolerance(run_before, len(t.nodes)): break
             else: raise TraceError(f"Two runs of the model on the same batch differ (by {err:.1e}): it is not deterministic in eval mode, so no fold of it could be verified.{_at_random(model)}")
-            plan = make_plan(t, self.costly)
+            plan = make_plan(t, self.costly, self.clamps)
         plan.params_before,plan.notes = _n(model.parameters()),self._notes(model, plan.steps)
         return plan, run_before, list(dict.fromkeys(map(t.where, t.looks)))
 

@@ -248,7 +248,17 @@ def merge(
     g.eliminate_dead_code(); gm.delete_all_unused_submodules(); gm.recompile()
     return merged
 
-# %% ../nbs/11_graph.ipynb #87605ef1
+# %% ../nbs/11_graph.ipynb #b65cc8cc
+_activations = 'relu','hardtanh','silu','hardswish','leaky_relu','elu'
+_fresh = 'conv1d','conv2d','conv3d','linear','batch_norm','add','sub','mul' # their value is in memory of its own
+
+def _in_place(gm):
+    "Let activations work in place again, as the model's own did before the export, where nobody else reads their input"
+    for n in gm.graph.nodes:
+        op,x = _op(gm, n),n.args[0] if n.args else None
+        if isinstance(op, Op) and op._get_name() in _activations and len(x.users)==1 and _name(gm, x) in _fresh:
+            op.target = getattr(getattr(aten, op._get_name()+'_'), op.target._overloadname)
+
 def _flat(args, kwargs): return tuple(tree_flatten((tuple(args), kwargs or {}))[0])
 
 def _flat_module(ep):
@@ -283,6 +293,7 @@ def fold_graph(self:BNFolder,
     n,merged = sum(p.numel() for p in ep.parameters()),merge(gm)
     self.fold(gm, flat, inplace=True)
     for k,v in merge(gm).items(): merged[k] = [*merged.get(k, []), *v]
+    _in_place(gm)
     new = _exported(gm, ep, args, kwargs)
     rep,after,self._swaps,self._folded = self.report,_flat_module(new),None,None
     rep.params_before,rep.params_after,rep.merged = n,sum(p.numel() for p in new.parameters()),merged

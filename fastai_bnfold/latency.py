@@ -5,29 +5,30 @@
 # %% auto #0
 __all__ = ['latency', 'median', 'ratio']
 
-# %% ../nbs/07_latency.ipynb #64147056
-import time, torch, statistics
+# %% ../nbs/07_latency.ipynb #3586eadb
+import random, statistics, time, torch
 from .trace import *
 
-# %% ../nbs/07_latency.ipynb #4e55edcc
+# %% ../nbs/07_latency.ipynb #085558a7
 def latency(
     fns:dict,            # Name → function without arguments to time
     seconds:float=3.,    # Time to spend in all, warm-up included (at least `min_rounds` rounds are run)
     min_rounds:int=3,
     max_rounds:int=200,
     cuda:bool=False,     # Wait for the GPU after every call
-    warm:int=0           # Calls that are not timed before each that is: a candidate's turn begins with its predecessor's data in the caches and its threads still spinning
+    warm:float=0.        # Seconds of calls that are not timed, one at least, before each that is: a candidate's turn begins with its predecessor's data in the caches and its threads still spinning
 ) -> dict:               # Name → list of seconds, one per round
     "Time functions in turns; no gradients"
     sync = torch.cuda.synchronize if cuda else lambda: None
-    res,end = {k:[] for k in fns}, time.perf_counter()+seconds
+    res,end,order = {k:[] for k in fns}, time.perf_counter()+seconds, random.Random(0)
     with torch.no_grad():
         for f in fns.values(): f(); f()
         sync()
         for i in range(max_rounds):
             if i>=min_rounds and time.perf_counter()>end: break
-            for k in (list(fns) if i%2 else list(fns)[::-1]):
-                for _ in range(warm): fns[k]()
+            for k in order.sample(list(fns), len(fns)): # so that none always follows the same other
+                t = time.perf_counter()
+                while warm and (fns[k](), time.perf_counter()-t < warm)[1]: pass
                 sync(); t = time.perf_counter()
                 fns[k](); sync()
                 res[k].append(time.perf_counter()-t)

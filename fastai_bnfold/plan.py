@@ -284,7 +284,7 @@ ways = { # how: the pairs (before, after) to try
     'split': splits,
 }
 
-# %% ../nbs/04_plan.ipynb #e36b7377
+# %% ../nbs/04_plan.ipynb #5dd14431
 @dataclass
 class Step:
     "How one BN goes"
@@ -330,7 +330,8 @@ def _acts(edits): return list(dict.fromkeys(e.path for e in edits if isinstance(
 
 def make_plan(
     t:Trace,
-    costly:bool=False # Fold, too, where the changed activations cost more than the BN?
+    costly:bool=False, # Fold, too, where the changed activations cost more than the BN?
+    clamps:bool=True   # May activations change?
 ) -> FoldPlan:
     "For every BN of the trace: where it goes, or why it stays"
     t.gone,t.bounds = {},{}
@@ -347,8 +348,9 @@ def make_plan(
                     open_[b] = open_[b] | why
                     if best is None: continue
                     how,edits = best
-                    if _extra(edits)>2 and not costly: rows[b] = Row(b.path, how=how, into=_into(edits), acts=_acts(edits), possible=True,
-                        reason=f"possible ({how} into {', '.join(_into(edits))}), but the changed {', '.join(_acts(edits))} would make {_extra(edits)} passes more over memory, which take longer than the BN (about 0.4 of its time each)"); continue
+                    if _acts(edits) and not clamps or _extra(edits)>2 and not costly:
+                        but = f"would make {_extra(edits)} passes more over memory, which take longer than the BN (about 0.4 of its time each)" if clamps else 'would need bounds per channel, which were ruled out (`clamps=False`)'
+                        rows[b] = Row(b.path, how=how, into=_into(edits), acts=_acts(edits), possible=True, reason=f"possible ({how} into {', '.join(_into(edits))}), but {', '.join(_acts(edits))} {but}"); continue
                     del open_[b]; moved = True
                     search.commit(b, edits, by_path)
                     steps.append(Step(b.path, edits, b.children))

@@ -313,3 +313,11 @@ def test_timm(name):
     size = 224 if 'levit' in name else 64
     rows,folded,rep = fold(m, torch.randn(1,3,size,size).double())
     assert (rep.n_folded, rep.n_bn)==(n or rep.n_bn, live or rep.n_bn), str(rep)
+
+def test_without_clamps():
+    "For engines that are slow at bounds per channel: the BN stays, and the row says that it could go"
+    net = randomize_bn(nn.Sequential(nn.Conv2d(3,8,3), nn.GELU(), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,4,1))).eval()
+    x = torch.randn(2,3,8,8)
+    f = BNFolder(clamps=False); f.fold(net, x)
+    assert (f.report.n_folded, f.report.n_possible)==(0,1) and 'clamps=False' in f.report.kept[0].reason
+    assert BNFolder().plan(net, x).n_folded==1

@@ -10,16 +10,17 @@ from test_cli import bnfold
 
 def net(): return nn.Sequential(nn.Conv2d(3,8,3,bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,8,3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,4))
 
-def test_every_engine():
-    m = warm_up(net(), 16)
-    rows = bench(m, example(m, 2, 16), seconds=.5, threads=1)
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU'))])
+def test_every_engine(device):
+    m = warm_up(net(), 16).to(device)
+    rows = bench(m, tuple(o.to(device) for o in example(m, 2, 16)), seconds=.5, threads=1)
     for r in rows: assert ('latency_ms' in r and r['per_second']==pytest.approx(2e3/r['latency_ms'])) ^ ('error' in r), r
     by = {(r['engine'],r['model']): r for r in rows}
-    assert set(by) == {(e,w) for e,(_,cuda) in engines.items() if not cuda for w in ('unfolded','folded')} | {('eager',t) for t in tools}
+    assert set(by) == {(e,w) for e,(_,cuda) in engines.items() if cuda in (None, device=='cuda') for w in ('unfolded','folded')} | {('eager',t) for t in tools}
     bad = {k:r['error'] for k,r in by.items() if 'error' in r}
     assert all('not installed' in e or 'changes nothing' in e for e in bad.values()), bad
-    assert all(r['max_err']<1e-5 for (e,w),r in by.items() if w!='limit: BNs deleted' and 'max_err' in r)
-    assert by['eager','limit: BNs deleted']['max_err']>1e-3 and by['eager','unfolded']['speedup']==1 and 'over_limit' in by['eager','folded'] and 'over_unfolded' in by['ONNX Runtime','folded']
+    assert all(r['max_err']<(1e-2 if 'fp16' in e else 1e-5) for (e,w),r in by.items() if w!='limit: BNs deleted' and 'max_err' in r)
+    assert by['eager','limit: BNs deleted']['max_err']>1e-3 and by['eager','unfolded']['speedup']==1 and 'over_limit' in by['eager','folded'] and 'over_unfolded' in by['torch.compile','folded']
 
 def test_subnormal_numbers_are_found():
     m = net().eval()

@@ -179,7 +179,7 @@ def test_an_engine_that_changes_predictions(learn, tmp_path, monkeypatch):
     def wrong(model, to):
         with torch.no_grad(): model[-1].bias += torch.tensor([5.,-5.])
         return good(model, to)
-    good = D.backends['eager']; monkeypatch.setitem(D.backends, 'eager', wrong)
+    good = D.backends['eager']; wrong.options = {}; monkeypatch.setitem(D.backends, 'eager', wrong)
     with pytest.raises(DeployError, match=r"changes the model: \d+ of 12 predictions"): learn.deploy(tmp_path/'m', 'eager')
     assert left(tmp_path)==['m'] and (tmp_path/'m'/'card.json').read_text()==before # the earlier deployment stands
     monkeypatch.undo()
