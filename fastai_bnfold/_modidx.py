@@ -26,6 +26,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'fastai_bnfold.bench': { 'fastai_bnfold.bench.Case': ('bench.html#case', 'fastai_bnfold/bench.py'),
                                      'fastai_bnfold.bench.Case.__init__': ('bench.html#case.__init__', 'fastai_bnfold/bench.py'),
                                      'fastai_bnfold.bench.Case.folded': ('bench.html#case.folded', 'fastai_bnfold/bench.py'),
+                                     'fastai_bnfold.bench.Case.folder': ('bench.html#case.folder', 'fastai_bnfold/bench.py'),
                                      'fastai_bnfold.bench.Case.graph': ('bench.html#case.graph', 'fastai_bnfold/bench.py'),
                                      'fastai_bnfold.bench.NotThere': ('bench.html#notthere', 'fastai_bnfold/bench.py'),
                                      'fastai_bnfold.bench._aoti': ('bench.html#_aoti', 'fastai_bnfold/bench.py'),

@@ -6,10 +6,10 @@
 __all__ = ['engines', 'tools', 'find_model', 'example', 'warm_up', 'subnormal_share', 'bn_deleted', 'NotThere', 'fasterai_fold',
            'fx_fuse', 'reparameterized', 'Case', 'bench', 'bench_table', 'bench_plot', 'bench_models']
 
-# %% ../nbs/14_bench.ipynb #8d063ff8
+# %% ../nbs/14_bench.ipynb #6f6899f3
 import copy, importlib.util, json, tempfile, warnings
 from pathlib import Path
-import numpy as np, torch, torchvision
+import torch, torchvision
 from torch import nn, Tensor
 from fastprogress.fastprogress import progress_bar
 from .errors import *
@@ -106,7 +106,7 @@ def reparameterized(model:nn.Module) -> nn.Module:
     if len(list(m.modules()))==len(list(model.modules())): raise NotThere('changes nothing')
     return m
 
-# %% ../nbs/14_bench.ipynb #74ddb0d2
+# %% ../nbs/14_bench.ipynb #2f4a1b93
 engines = {}
 def _engine(name, cuda=None):
     "Register `f(case, model)`, which returns a function without arguments; `cuda`: only with (True) or without (False) a GPU"
@@ -115,7 +115,8 @@ def _engine(name, cuda=None):
 
 class Case:
     "A model, a batch, and what folding makes of the model"
-    def __init__(self, model, args, threads): self.model,self.args,self.threads,self._graphs = model,args,threads,{}
+    def __init__(self, model, args, threads): self.model,self.args,self.threads,self._graphs,self._folder = model,args,threads,{},tempfile.TemporaryDirectory()
+    def folder(self, prefix): return tempfile.mkdtemp(dir=self._folder.name, prefix=prefix) # gone with the case
     def folded(self): return BNFolder().fold(self.model, self.args)
     def graph(self, fold, **options):
         "The exported program, folded as a backend with these options wants it"
@@ -161,9 +162,9 @@ def _compile(c, m): return _compiled(c, m)
 def _freezing(c, m): return _compiled(c, m, freezing=True)
 
 def _served(backend, c, m):
-    d = tempfile.mkdtemp()
+    d = Path(c.folder(backend))
     ep = c.graph(m is not c.model, **backends[backend].options)
-    f = load_engine(backend, Path(d)/backends[backend](ep, Path(d)), c.threads)
+    f = load_engine(backend, d/backends[backend](ep, d), c.threads)
     inputs = {n.name: o.numpy() for n,o in zip([n for n in ep.graph.nodes if n.name in ep.graph_signature.user_inputs], c.args)}
     return lambda: f(inputs)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['backends', 'backend', 'export_model', 'input_spec', 'output_spec', 'parity']
 
-# %% ../nbs/13_deploy.ipynb #1850666c
+# %% ../nbs/13_deploy.ipynb #385a6bf2
 import inspect, json, math, os, shutil, tempfile, warnings
 from copy import deepcopy
 from datetime import datetime, timezone
@@ -27,7 +27,6 @@ from .graph import *
 from .learner import *
 from .learner import _first, _has_valid, _learner_batch
 from .serve import *
-from .serve import load_engine, open_image
 
 # %% ../nbs/13_deploy.ipynb #afeb6ac2
 backends = {}
@@ -79,19 +78,19 @@ def _eager(model, to):
     torch.save(model, to/'model.pt')
     return 'model.pt'
 
-# %% ../nbs/13_deploy.ipynb #57c76c81
+# %% ../nbs/13_deploy.ipynb #ad26031f
 def _size(s): return [int(s),int(s)] if isinstance(s, int) else [int(i) for i in s]
 
 def _steps(dls) -> list:
     "The steps from an image to the model's input on the validation set; `DeployError` names a transform that is not known"
-    res,tensor = [],False
+    res = []
     for t in [*dls.valid.after_item.fs, *dls.valid.after_batch.fs]:
         if isinstance(t, Resize): res.append(dict(op='resize', size=_size(t.size), method=str(t.method), pad_mode=str(t.pad_mode), resample=int(t.mode)))
         elif isinstance(t, RandomResizedCrop):
             extra = math.ceil(max(t.size[:2])*t.val_xtra/8)*8
             res += [dict(op='resize', size=[t.size[0]+extra, t.size[1]+extra], method='squish', pad_mode='zeros', resample=int(t.mode))]
             if extra: res.append(dict(op='center_crop', size=_size(t.size)))
-        elif isinstance(t, (ToTensor,)): pass
+        elif isinstance(t, ToTensor): pass
         elif isinstance(t, IntToFloatTensor): res.append(dict(op='to_array', div=float(t.div)))
         elif isinstance(t, RandomResizedCropGPU): res.append(dict(op='resize_array', size=_size(t.size), box=[_floats(t.ratio), t.valid_scale], corners=True))
         elif isinstance(t, AffineCoordTfm) and t.size is not None: res.append(dict(op='resize_array', size=_size(t.size), box=None, corners=bool(t.align_corners)))

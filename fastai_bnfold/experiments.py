@@ -6,12 +6,12 @@
 __all__ = ['article', 'DataError', 'digits_dls', 'find_images', 'get_dls', 'AutocastCPU', 'train', 'machine', 'fold_and_measure',
            'compare', 'plot_reports', 'reproduce', 'exit_with']
 
-# %% ../nbs/08_experiments.ipynb #53338107
-import atexit, csv, inspect, json, os, platform, shutil, sys, tarfile, tempfile, warnings
+# %% ../nbs/08_experiments.ipynb #076c005b
+import atexit, csv, json, os, platform, shutil, sys, tarfile, tempfile, warnings
 warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated') # fastai's import; a user of the command can do nothing about it
 from fastai.vision.all import *
 from fastai.callback.channelslast import ChannelsLast
-from fastcore.script import call_parse, anno_parser
+from fastcore.script import call_parse
 import torchvision
 from .affine import *
 from .report import text_table
