@@ -23,25 +23,28 @@ def ops(shape, seconds, device):
     "Medians of the ops before and after, in µs"
     x,bn = torch.randn(shape, device=device),nn.BatchNorm2d(shape[1]).to(device).eval()
     lo = torch.randn(1,shape[1],1,1, device=device); hi,no = lo+1,torch.full_like(lo, float('inf'))
-    one,two = Clamp(lo, no),Clamp(lo, hi)
+    one,one_,two = Clamp(lo, no),Clamp(lo, no, inplace=True),Clamp(lo, hi)
     y = x.clone()
-    calls = {'relu_': lambda: torch.relu_(y), 'relu': lambda: torch.relu(x), 'BN, relu_': lambda: torch.relu_(bn(x)), 'Clamp, one bound': lambda: one(x), 'Clamp, both bounds': lambda: two(x), 'torch.clamp, both bounds': lambda: torch.clamp(x, lo, hi)}
+    calls = {'relu_': lambda: torch.relu_(y), 'relu': lambda: torch.relu(x), 'BN, relu_': lambda: torch.relu_(bn(x)), 'Clamp, one bound': lambda: one(x), 'Clamp, one bound, in place': lambda: one_(y), 'Clamp, both bounds': lambda: two(x), 'torch.clamp, both bounds': lambda: torch.clamp(x, lo, hi)}
     with torch.no_grad(): times = latency(calls, seconds, cuda=device!='cpu')
     return {k: dict(us=median(t)*1e6, of_bn_relu=ratio(times, k, 'BN, relu_')) for k,t in times.items()}
 
 def network(name, seconds, device):
-    "Latency of a network unfolded, with the plain pairs folded, with all folded, and with the BNs deleted"
+    "Latency of a network unfolded, with the plain pairs folded, with all folded, the same with clamps out of place, and with the BNs deleted"
     torch.manual_seed(0)
     m,x = warm_up(find_model(name)[0]),torch.randn(1,3,224,224)
     folder = BNFolder()
     full,plan = folder.fold(m, x),folder.plan(m, x)
     pairs,plain = copy.deepcopy(m),[s for s in plan.steps if not any(isinstance(e, Rebound) for e in s.edits)]
     swaps_for(pairs, plain).redo()
-    nets = {k: n.to(device).eval() for k,n in {'unfolded': m, 'plain pairs': pairs, 'all': full, 'BNs deleted': bn_deleted(m)}.items()}
+    outside = copy.deepcopy(full)
+    for o in outside.modules():
+        if isinstance(o, Clamp): o.inplace = False
+    nets = {k: n.to(device).eval() for k,n in {'unfolded': m, 'plain pairs': pairs, 'all': full, 'all, clamps out of place': outside, 'BNs deleted': bn_deleted(m)}.items()}
     left = {k: sum(isinstance(o, nn.BatchNorm2d) for o in n.modules()) for k,n in nets.items()}
     x = x.to(device)
     with torch.no_grad(): times = latency({k: (lambda n=n: n(x)) for k,n in nets.items()}, seconds, cuda=device!='cpu')
-    return {k: dict(ms=median(t)*1e3, bn_left=left[k], speedup=ratio(times, 'unfolded', k), over_pairs=ratio(times, 'plain pairs', k)) for k,t in times.items()}
+    return {k: dict(ms=median(t)*1e3, bn_left=left[k], speedup=ratio(times, 'unfolded', k), over_pairs=ratio(times, 'plain pairs', k), over_limit=ratio(times, k, 'BNs deleted')) for k,t in times.items()}
 
 @call_parse
 def main(

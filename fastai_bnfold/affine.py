@@ -139,18 +139,25 @@ def clamp_before(
     b = Affine(a.scale, torch.where(free, torch.minimum(torch.maximum(a.shift, lo), hi), a.shift))
     return b, torch.where(free, lo, torch.minimum(*ends)), torch.where(free, hi, torch.maximum(*ends))
 
-# %% ../nbs/00_affine.ipynb #c98c5567
+# %% ../nbs/00_affine.ipynb #bf6252d3
 class Clamp(nn.Module):
     "`min(max(x, lo), hi)` with one pair of bounds per channel; a bound that no channel has is `None`"
-    def __init__(self, lo:Tensor, hi:Tensor): # In the dtype of the values, shaped to broadcast over them; infinite for none
+    def __init__(self,
+        lo:Tensor,         # In the dtype of the values, shaped to broadcast over them; infinite for none
+        hi:Tensor,         # As `lo`
+        inplace:bool=False # Write into the input, as in `nn.ReLU`?
+    ):
         super().__init__()
+        self.inplace = inplace
         self.register_buffer('lo', lo if (lo>-inf).any() else None)
         self.register_buffer('hi', hi if (hi<inf).any() else None)
     def forward(self, x):
         lo,hi = (b if b is None or b.dtype==x.dtype else b.to(x.dtype) for b in (self.lo,self.hi)) # (a `.to` that does nothing would stand in an exported graph)
-        if lo is None: return x if hi is None else x.clamp_max(hi)
-        return x.clamp_min(lo) if hi is None else x.clamp_min(lo).clamp_max_(hi)
-    def extra_repr(self): return ', '.join(f"{k} {tuple(b.shape)}" for k,b in self.named_buffers())
+        own = self.inplace # is `x` ours to write into?
+        if lo is not None: x,own = x.clamp_min_(lo) if own else x.clamp_min(lo),True
+        if hi is not None: x = x.clamp_max_(hi) if own else x.clamp_max(hi)
+        return x
+    def extra_repr(self): return ', '.join([f"{k} {tuple(b.shape)}" for k,b in self.named_buffers()]+['inplace=True']*self.inplace)
 
 # %% ../nbs/00_affine.ipynb #870e173c
 def stored(

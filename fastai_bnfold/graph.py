@@ -55,7 +55,7 @@ class Op(nn.Module):
         return self.target(*(a for k,a in v.items() if k not in only), **{k:a for k,a in v.items() if k in only})
     def _get_name(self): return self.target.overloadpacket.__name__
 
-# %% ../nbs/11_graph.ipynb #2f9821e7
+# %% ../nbs/11_graph.ipynb #b1e26c99
 aten = torch.ops.aten
 def _as_one(v:dict, name:str):
     "The op, and its arguments, that is known by one name; `v`: the arguments of the node"
@@ -74,10 +74,10 @@ def _put_together(g:fx.Graph):
         if op_name(n)=='convolution' or op_name(n) in _apart and all(u.target is operator.getitem and u.args[1]==0 for u in n.users):
             with g.inserting_before(n): new = g.call_function(*_as_one(arguments(n), op_name(n)))
             new.meta = n.meta | {'val': n.meta['val'][0] if op_name(n) in _apart else n.meta['val']}
-            for o in list(n.users) if op_name(n) in _apart else [n]: o.replace_all_uses_with(new); g.erase_node(o) if o is not n else None
-            g.erase_node(n)
+            for o in [*n.users]*(op_name(n) in _apart): o.replace_all_uses_with(new); g.erase_node(o)
+            n.replace_all_uses_with(new); g.erase_node(n)
 
-# %% ../nbs/11_graph.ipynb #37af62ec
+# %% ../nbs/11_graph.ipynb #df8e10e9
 def _constants(gm:GraphModule) -> dict:
     "Node → tensor: the parameters and buffers, and what is computed from them"
     res = {}
@@ -90,6 +90,12 @@ def _constants(gm:GraphModule) -> dict:
             if isinstance(v, Tensor) and v.numel() <= sum(res[i].numel() for i in ins): res[n] = nn.Parameter(v, requires_grad=False) if v.is_floating_point() else v
     return res
 
+def _free(path, taken):
+    "`path`, with a number behind it if it is taken; from now on it is"
+    res = next(k for k in itertools.chain([path], (f'{path}_{i}' for i in itertools.count(1))) if k not in taken)
+    taken.add(res)
+    return res
+
 def _paths(nodes) -> dict:
     "Node → the path of its module: that of the module it comes from, if it is alone there"
     home = {n: [str(p) for p,_ in (n.meta.get('nn_module_stack') or {}).values()][-1:] for n in nodes}
@@ -97,11 +103,7 @@ def _paths(nodes) -> dict:
     inside = [q for p in home.values() for q in ['.'.join(p.split('.')[:i+1]) for i in range(len(p.split('.')))]]
     count,res,taken = {p: inside.count(p) for p in set(home.values())},{},set()
     for n,p in home.items():
-        k = first = p if p and count[p]==1 else f"{p}.{op_name(n)}".lstrip('.')
-        for i in itertools.count(1):
-            if k not in taken: break
-            k = f'{first}_{i}'
-        res[n] = k; taken.add(k)
+        res[n] = _free(p if p and count[p]==1 else f"{p}.{op_name(n)}".lstrip('.'), taken)
     return res
 
 def as_modules(
@@ -131,7 +133,7 @@ def _keep_attr(new, n, t):
     n.op,n.target,n.args,n.kwargs = 'get_attr',f'constant_{n.name}',(),{}
     new.register_parameter(n.target, t) if isinstance(t, nn.Parameter) else new.register_buffer(n.target, t)
 
-# %% ../nbs/11_graph.ipynb #a961cc88
+# %% ../nbs/11_graph.ipynb #4c621c40
 def _op(gm, n): return gm.get_submodule(n.target) if n.op=='call_module' else None
 
 def _given(gm, n):
@@ -213,6 +215,14 @@ def _change(gm, n, like, W, B):
     op._parameters[op.given['weight']] = param(W)
     if op._parameters[op.given['bias']] is not None or (B!=0).any(): op._parameters[op.given['bias']] = param(B)
 
+def _move(gm, n, root):
+    "Let the layer `n`, which is several branches now, have a path where they were added"
+    if root.op!='call_module': return
+    home,old = root.target.rpartition('.')[0],_op(gm, n)
+    gm.delete_submodule(n.target)
+    n.target = _free(f"{home}.{old._get_name()}".lstrip('.'), {k for k,_ in gm.named_modules()})
+    gm.add_submodule(n.target, old)
+
 def _rewrite(g, root, terms, number):
     "Put the sum of `terms` (node → coefficient) and a number in the place of the sum `root`"
     with g.inserting_before(root):
@@ -224,7 +234,7 @@ def _rewrite(g, root, terms, number):
 
 def merge(
     gm:GraphModule # From `as_modules`; changed in place
-) -> dict:         # Path of a layer that took others in → what it took: paths, or 'its input'
+) -> dict:         # Path of a layer → what was merged into it: paths, or 'its input'
     "Merge parallel linear layers of one value, and the value itself, into one layer"
     g,merged,readers = gm.graph,{},{}
     for n in list(g.nodes): # what a fold has left
@@ -233,7 +243,7 @@ def merge(
         for t in (_op(gm, n) or nn.Identity()).parameters(): readers[id(t)] = readers.get(id(t), 0)+1
     for root in reversed(list(g.nodes)): # a sum before the sums in it
         if not _is_sum(gm, root) or not root.users or len(root.users)==1 and _is_sum(gm, next(iter(root.users))): continue
-        terms,number,before = {},0,dict(merged)
+        terms,number,parts = {},0,{}
         for x,c in _terms(gm, root):
             if isinstance(x, Node): terms[x] = terms.get(x, 0)+c
             else: number += c*x
@@ -243,21 +253,23 @@ def merge(
             _change(gm, layer.node, layer.weight, W, B+number)
             for b in others: del terms[b.node or b.src]
             terms[layer.node],number = 1,0
-            merged[layer.node.target] = [*merged.get(layer.node.target, []), *(b.node.target if b.node else 'its input' for b in others)]
-        if merged!=before: _rewrite(g, root, terms, number)
+            parts[layer.node] = [p for b in (layer,*others) for p in (parts.pop(b.node, [b.node.target]) if b.node else ['its input'])]
+        for n in parts: _move(gm, n, root); merged[n.target] = parts[n]
+        if parts: _rewrite(g, root, terms, number)
     g.eliminate_dead_code(); gm.delete_all_unused_submodules(); gm.recompile()
     return merged
 
-# %% ../nbs/11_graph.ipynb #b65cc8cc
+# %% ../nbs/11_graph.ipynb #f6e43d3d
 _activations = 'relu','hardtanh','silu','hardswish','leaky_relu','elu'
-_fresh = 'conv1d','conv2d','conv3d','linear','batch_norm','add','sub','mul' # their value is in memory of its own
+_fresh = 'conv1d','conv2d','conv3d','linear','batch_norm','add','sub','mul','cat' # their value is in memory of its own
 
 def _in_place(gm):
     "Let activations work in place again, as the model's own did before the export, where nobody else reads their input"
     for n in gm.graph.nodes:
         op,x = _op(gm, n),n.args[0] if n.args else None
-        if isinstance(op, Op) and op._get_name() in _activations and len(x.users)==1 and _name(gm, x) in _fresh:
-            op.target = getattr(getattr(aten, op._get_name()+'_'), op.target._overloadname)
+        if not isinstance(op, (Op,Clamp)) or len(x.users)>1 or _name(gm, x) not in _fresh: continue
+        if isinstance(op, Clamp): op.inplace = True
+        elif op._get_name() in _activations: op.target = getattr(getattr(aten, op._get_name()+'_'), op.target._overloadname)
 
 def _flat(args, kwargs): return tuple(tree_flatten((tuple(args), kwargs or {}))[0])
 
@@ -292,7 +304,7 @@ def fold_graph(self:BNFolder,
     gm = as_modules(ep)
     n,merged = sum(p.numel() for p in ep.parameters()),merge(gm)
     self.fold(gm, flat, inplace=True)
-    for k,v in merge(gm).items(): merged[k] = [*merged.get(k, []), *v]
+    for k,v in merge(gm).items(): merged[k] = [q for p in v for q in merged.pop(p, [p])]
     _in_place(gm)
     new = _exported(gm, ep, args, kwargs)
     rep,after,self._swaps,self._folded = self.report,_flat_module(new),None,None
@@ -300,7 +312,7 @@ def fold_graph(self:BNFolder,
     err,tol = max(max_err(o, run(after, x)) for x,o in before),tolerance(before[0][1]+list(new.parameters()), rep.n_folded+len(merged))
     if err>tol and err>(tol := 4*rounding(old, before)): raise VerificationError(f"The folded graph changes the outputs by {err:.1e} of their magnitude (at most {tol:.1e} is rounding), though every step of it was right. Nothing was changed. Please report this with the model.")
     rep.max_err = err
-    if merged: rep.notes.append(f"{sum(map(len, merged.values()))} parallel branches became part of {len(merged)} layers: " +
-        '; '.join(f"{k} took in {' and '.join(v)}" for k,v in list(merged.items())[:2]) + ('; …' if len(merged)>2 else '.'))
+    if merged: rep.notes.append(f"{sum(map(len, merged.values()))} parallel branches became {len(merged)} layers: " +
+        '; '.join(f"{k} is {' and '.join(v)}" for k,v in list(merged.items())[:2]) + ('; …' if len(merged)>2 else '.'))
     rep.notes = [o for o in rep.notes if 'fastai_bnfold.affine.Clamp' not in o] # an exported graph has no classes
     return new

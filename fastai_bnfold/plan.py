@@ -284,7 +284,7 @@ ways = { # how: the pairs (before, after) to try
     'split': splits,
 }
 
-# %% ../nbs/04_plan.ipynb #5dd14431
+# %% ../nbs/04_plan.ipynb #154bcf43
 @dataclass
 class Step:
     "How one BN goes"
@@ -328,6 +328,12 @@ def _in_words(why):
 def _into(edits): return list(dict.fromkeys(e.path for e in edits if isinstance(e, Absorb)))
 def _acts(edits): return list(dict.fromkeys(e.path for e in edits if isinstance(e, Rebound)))
 
+def _may_write(t, n):
+    "May `n` write into its input when all that is gone is gone: are these values nobody else's, and all at different places in memory?"
+    val = origin(t, n.args[0]).meta['val']
+    return all(v.op=='call_function' and not t.is_const(v) for v in t.aliases(n) if t.at[v]<t.at[n]) and not t.read_after(n) and \
+        val.numel() <= 1+sum((s-1)*d for s,d in zip(val.shape, val.stride()))
+
 def make_plan(
     t:Trace,
     costly:bool=False, # Fold, too, where the changed activations cost more than the BN?
@@ -355,6 +361,7 @@ def make_plan(
                     search.commit(b, edits, by_path)
                     steps.append(Step(b.path, edits, b.children))
                     rows[b] = Row(b.path, True, how, _into(edits), _acts(edits), is_bn=b.is_bn)
+    for e in (e for s in steps for e in s.edits if isinstance(e, Rebound)): e.inplace = t.writes(e.node) and _may_write(t, e.node)
     into = {s.path: rows[b].into for s in steps for b in rows if b.path==s.path}
     for r in rows.values(): r.into = _resolve(r.into, into) # a BN that took in another may have gone later
     for b in calls:

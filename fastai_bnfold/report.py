@@ -95,7 +95,7 @@ class FoldTable:
         import pandas as pd
         return pd.DataFrame([asdict(r) for r in self.rows], columns=list(Row.__dataclass_fields__))
 
-# %% ../nbs/03_report.ipynb #651b9afd
+# %% ../nbs/03_report.ipynb #d85764c1
 @dataclass(repr=False)
 class FoldReport(FoldTable):
     "What a fold did, and the evidence that it changed nothing else"
@@ -112,7 +112,7 @@ class FoldReport(FoldTable):
     latency_before:float|None=None                     # Median seconds for a single item
     latency_after:float|None=None
     speedup:float|None=None                            # Median over the rounds of before/after
-    merged:dict=field(default_factory=dict)            # Of a graph: path of a layer → the parallel layers it took in
+    merged:dict=field(default_factory=dict)            # Of a graph: path of a layer → the parallel layers that it is made of
     notes:list=field(default_factory=list)             # What else a user should know
 
     def _figures(self):

@@ -466,7 +466,7 @@ def product_forward(t, n, maps):
     s = torch.stack(torch.broadcast_tensors(*(a.aligned(len(t.shape(n))).scale for a in maps.values()))).prod(0)
     return [(n, Affine(s, torch.zeros_like(s)))]
 
-# %% ../nbs/02_rules.ipynb #60c869aa
+# %% ../nbs/02_rules.ipynb #f5af20b1
 _clamps = ops('relu','relu6','hardtanh','clamp','clamp_min','clamp_max')
 
 @dataclass(eq=False)
@@ -477,10 +477,11 @@ class Rebound:
     lo:Tensor  # float64, broadcasts over the value
     hi:Tensor
     extra:int  # Passes over the value that it makes more than the activation of before
+    inplace:bool=False # May it work in place?
     def clamp(self) -> Clamp:
         "The new activation"
         like = torch.empty(0, dtype=self.node.meta['val'].dtype, device=self.node.meta['val'].device)
-        return Clamp(stored(self.lo, like), stored(self.hi, like))
+        return Clamp(stored(self.lo, like), stored(self.hi, like), self.inplace)
 
 def bounds(t:Trace, n:Node) -> tuple:
     "The bounds of a clamp as they are by now: two float64 tensors, infinite for none"

@@ -115,7 +115,7 @@ def uncompiled(model:nn.Module):
     import torch._dynamo as dynamo # takes seconds
     with torch.compiler.set_stance('force_eager'), dynamo.config.patch(error_on_nested_fx_trace=False): yield
 
-# %% ../nbs/01_trace.ipynb #37065651
+# %% ../nbs/01_trace.ipynb #e0a4835c
 def _kept(known):
     "The tensors, made by the model in the trace that runs, which are still alive and none of the `known` ones"
     known = {id(o) for t in known for o in (t, t._base)} # a view keeps its base alive
@@ -168,8 +168,8 @@ class Trace:
             if n.op=='call_function' and not self._const[n] and (c := self.call(n)): self._ops.setdefault(id(c), []).append(n)
             if self.writes(n): self.merge(n, inputs[0])
         self.looks = [n for n in self.nodes if n.op=='call_function' and not self._const[n] and (torch.Tag.data_dependent_output in getattr(n.target, 'tags', ()) or op_of(n) in _to_numpy)]
-        self.at = at = {n:i for i,n in enumerate(self.nodes)} # node → its place in the order of execution
-        self.spoils = {w for w in self.nodes if writes(w) for v in self._alias[w] if at[v]<at[w] and any(at[u]>at[w] for u in v.users)}
+        self.at = {n:i for i,n in enumerate(self.nodes)} # node → its place in the order of execution
+        self.spoils = {w for w in self.nodes if writes(w) and self.read_after(w)}
 
     def tensor(self, n:Node) -> Tensor:
         "The model's own tensor behind a `get_attr` node"
@@ -199,6 +199,9 @@ class Trace:
     def aliases(self, n:Node) -> set:
         "The nodes whose values may share memory with that of `n`, itself included"
         return self._alias[n]
+    def read_after(self, n:Node) -> bool:
+        "Is memory that `n` changes, if it writes into its input, read again afterwards, not through its value?"
+        return any(self.at[u]>self.at[n] for v in self._alias[n] if self.at[v]<self.at[n] for u in v.users)
     def merge(self, n:Node, m:Node):
         "From now on the values of `n` and `m` may share memory"
         a,b = sorted((self._alias[n], self._alias[m]), key=len)

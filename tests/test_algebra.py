@@ -209,6 +209,38 @@ def test_the_activation_of_a_bn_changes():
     rows,folded,_ = fold(net)
     assert rows[0].how=='forward' and rows[0].acts==['b.act'] and isinstance(folded.b.act, Clamp)
 
+# name: (what the BN reads, what is made of it beside the activation, may the clamp write into it?)
+in_place = {
+    'a value of its own': (lambda m,x: x.sin(), lambda m,y: 0, True),
+    "the model's input": (lambda m,x: x, lambda m,y: 0, False),
+    'a view of the input': (lambda m,x: x.view(x.shape), lambda m,y: 0, False),
+    'read before': (lambda m,x: x.sin(), lambda m,y: y.mean(), True),
+    'repeated, not copied': (lambda m,x: x[:,:1].sin().expand(-1,3,-1,-1), lambda m,y: 0, False),
+    'a parameter': (lambda m,x: m.p.expand_as(x), lambda m,y: 0, False),
+}
+@pytest.mark.parametrize('name', in_place)
+def test_clamps_work_in_place_where_nobody_sees_it(name):
+    src,beside,expected = in_place[name]
+    def forward(m, x):
+        y = src(m, x)
+        e = beside(m, y)
+        return m.c(m.act(m.b(y)))+e
+    net = Net(forward, b=nn.BatchNorm2d(3), act=nn.ReLU(inplace=True), c=conv(3,5,k=1,p=0))
+    net.p = nn.Parameter(torch.randn(1,3,1,1))
+    rows,folded,_ = fold(net)
+    assert rows[0].folded and isinstance(folded.act, Clamp) and folded.act.inplace is expected
+    y,p = x.clone(),folded.p.clone()
+    folded(y)
+    assert torch.equal(x, y) and torch.equal(p, folded.p)
+
+def test_clamps_do_not_write_into_what_is_read_later():
+    net = Net(lambda m,x: (lambda y: (lambda z: m.c(z)+m.d(y.view(y.shape)))(m.act(m.b(y))))(x.sin()), b=nn.BatchNorm2d(3), act=nn.ReLU(inplace=True), c=conv(3,5,k=1,p=0), d=conv(3,5,k=1,p=0))
+    rows,folded,_ = fold(net)
+    assert rows[0].acts==['act'] and not folded.act.inplace
+    net.act.inplace = False
+    rows,folded,_ = fold(net)
+    assert not folded.act.inplace # as it was
+
 def test_subclasses():
     class Scaled(nn.BatchNorm2d):
         def forward(self, x): return super().forward(x)*2-1
