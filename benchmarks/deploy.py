@@ -20,6 +20,7 @@ from fastai_bnfold.experiments import get_dls, machine
 from fastai_bnfold.folder import max_err
 from fastai_bnfold.latency import latency, median, ratio
 from fastai_bnfold.serve import load_engine
+from fastai_bnfold.trace import op_name
 
 networks = 'resnet50,vgg16_bn,mobilenet_v2,densenet121,efficientnet_b0,repvgg_a0,levit_128s'.split(',')
 learners = ['vision_learner','tabular_learner']
@@ -43,13 +44,7 @@ def learner(name, dls):
     set_seed(0)
     if name=='tabular_learner': return table_learner()
     learn = vision_learner(dls, resnet18, pretrained=False) if name=='vision_learner' else Learner(dls, find_model(name)[0], loss_func=CrossEntropyLossFlat())
-    bns = [m for m in learn.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m in bns: m.momentum = None
-    learn.model.train()
-    with torch.no_grad():
-        for x,_ in itertools.islice(dls.train.new(bs=16, num_workers=0), 8): learn.model(x.as_subclass(Tensor))
-    for m in bns: m.momentum = .1
-    learn.model.eval()
+    warm_up(learn.model, batches=((x.as_subclass(Tensor),) for x,_ in itertools.islice(dls.train.new(bs=16, num_workers=0), 8)))
     return learn
 
 def parity(out, names, rows):
@@ -82,7 +77,7 @@ def reparameterize(seconds):
         inputs = {'x': x.numpy()}
         t = latency({'unfolded': lambda: m(x), 'ours': lambda: g(x), 'timm': lambda: theirs(x), 'timm, exported': lambda: h(x), 'ours, ONNX Runtime': lambda: a(inputs), 'timm, ONNX Runtime': lambda: b(inputs)}, seconds, max_rounds=2000, warm=.01)
         with torch.no_grad(): errs = [max_err([m(x)], [f(x)]) for f in (g, theirs)]
-        res[k] = dict(convs=sum(isinstance(o, nn.Conv2d) for o in m.modules()), convs_ours=sum('conv2d' in str(n.target) for n in ours.graph.nodes), convs_timm=sum(isinstance(o, nn.Conv2d) for o in theirs.modules()),
+        res[k] = dict(convs=sum(isinstance(o, nn.Conv2d) for o in m.modules()), convs_ours=sum(op_name(n)=='conv2d' for n in ours.graph.nodes), convs_timm=sum(isinstance(o, nn.Conv2d) for o in theirs.modules()),
                       n_bn=folder.report.n_bn, n_folded=folder.report.n_folded, merged=sum(map(len, folder.report.merged.values())), max_err_ours=errs[0], max_err_timm=errs[1], rounds=len(t['ours']),
                       ms={n: 1e3*median(v) for n,v in t.items()}, ours_over_timm=ratio(t, 'ours', 'timm'), ours_over_timm_exported=ratio(t, 'ours', 'timm, exported'), ours_over_timm_onnx=ratio(t, 'ours, ONNX Runtime', 'timm, ONNX Runtime'), speedup=ratio(t, 'unfolded', 'ours'))
         print(k, res[k], flush=True)

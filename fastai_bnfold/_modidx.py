@@ -17,6 +17,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fastai_bnfold.affine.Clamp.forward': ('affine.html#clamp.forward', 'fastai_bnfold/affine.py'),
                                       'fastai_bnfold.affine._as_stored': ('affine.html#_as_stored', 'fastai_bnfold/affine.py'),
                                       'fastai_bnfold.affine._canonical': ('affine.html#_canonical', 'fastai_bnfold/affine.py'),
+                                      'fastai_bnfold.affine._clamped': ('affine.html#_clamped', 'fastai_bnfold/affine.py'),
                                       'fastai_bnfold.affine.absorb_in': ('affine.html#absorb_in', 'fastai_bnfold/affine.py'),
                                       'fastai_bnfold.affine.absorb_out': ('affine.html#absorb_out', 'fastai_bnfold/affine.py'),
                                       'fastai_bnfold.affine.absorb_tap': ('affine.html#absorb_tap', 'fastai_bnfold/affine.py'),

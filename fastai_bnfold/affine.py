@@ -6,9 +6,9 @@
 __all__ = ['Affine', 'absorb_out', 'absorb_in', 'absorb_tap', 'clamp_after', 'clamp_before', 'Clamp', 'stored', 'FoldError',
            'StatisticsError', 'TraceError', 'VerificationError', 'FoldedError', 'NoDataError']
 
-# %% ../nbs/00_affine.ipynb #c3a4c6f1
+# %% ../nbs/00_affine.ipynb #e51928db
 from dataclasses import dataclass
-import torch, torch.nn.functional as F
+import torch, torch.fx, torch.nn.functional as F
 from torch import Tensor, inf, nn
 
 # %% ../nbs/00_affine.ipynb #524222b8
@@ -139,7 +139,18 @@ def clamp_before(
     b = Affine(a.scale, torch.where(free, torch.minimum(torch.maximum(a.shift, lo), hi), a.shift))
     return b, torch.where(free, lo, torch.minimum(*ends)), torch.where(free, hi, torch.maximum(*ends))
 
-# %% ../nbs/00_affine.ipynb #bf6252d3
+# %% ../nbs/00_affine.ipynb #1383e12e
+@torch.fx.wrap # (one call for who traces a folded model)
+def _clamped(x, lo, hi, own):
+    "`min(max(x, lo), hi)`; `own`: may `x` be written into?"
+    if lo is not None:
+        if lo.dtype!=x.dtype: lo = lo.to(x.dtype) # (a `.to` that does nothing would stand in an exported graph)
+        x,own = x.clamp_min_(lo) if own else x.clamp_min(lo),True
+    if hi is not None:
+        if hi.dtype!=x.dtype: hi = hi.to(x.dtype)
+        x = x.clamp_max_(hi) if own else x.clamp_max(hi)
+    return x
+
 class Clamp(nn.Module):
     "`min(max(x, lo), hi)` with one pair of bounds per channel; a bound that no channel has is `None`"
     def __init__(self,
@@ -152,11 +163,7 @@ class Clamp(nn.Module):
         self.register_buffer('lo', lo if (lo>-inf).any() else None)
         self.register_buffer('hi', hi if (hi<inf).any() else None)
     def forward(self, x):
-        lo,hi = (b if b is None or b.dtype==x.dtype else b.to(x.dtype) for b in (self.lo,self.hi)) # (a `.to` that does nothing would stand in an exported graph)
-        own = self.inplace # is `x` ours to write into?
-        if lo is not None: x,own = x.clamp_min_(lo) if own else x.clamp_min(lo),True
-        if hi is not None: x = x.clamp_max_(hi) if own else x.clamp_max(hi)
-        return x
+        return _clamped(x, *self._buffers.values(), self.inplace) # (as attributes of a module they would be slow to look up)
     def extra_repr(self): return ', '.join([f"{k} {tuple(b.shape)}" for k,b in self.named_buffers()]+['inplace=True']*self.inplace)
 
 # %% ../nbs/00_affine.ipynb #870e173c

@@ -23,7 +23,7 @@ from .deploy import backends, export_model
 from .experiments import exit_with, machine
 from fastcore.script import call_parse
 
-# %% ../nbs/14_bench.ipynb #f1d7fcc6
+# %% ../nbs/14_bench.ipynb #8b7c053d
 def find_model(name:str, num_classes:int=10):
     "`(model, is it trained?)` for a name of torchvision, timm or fastai, or the path of an exported Learner"
     if Path(name).suffix in ('.pkl','.pth') or Path(name).is_file():
@@ -48,15 +48,19 @@ def example(model:nn.Module, bs:int=1, size:int=224) -> tuple:
     if conv is None: raise DeployError("No example input can be made for this model: it has no 2d convolution and is no `TabularModel`")
     return (torch.randn(bs, conv.in_channels*(conv.groups if conv.in_channels==1 else 1), size, size, generator=gen),)
 
-def warm_up(model:nn.Module, size:int=64) -> nn.Module:
-    "Make the BN statistics those of the model's own activations on random images; in place"
+def warm_up(
+    model:nn.Module, # Changed in place
+    size:int=64,     # Of random images
+    batches=None     # Tuples of the model's inputs, instead of random ones
+) -> nn.Module:
+    "Make the BN statistics those of the model's own activations"
     bns = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     old = [(m, m.momentum) for m in bns]
     for m in bns: m.momentum = None # a plain average
     model.train()
     try:
         with torch.no_grad():
-            for _ in range(3): model(*example(model, 8, size))
+            for args in batches or [example(model, 8, size)]*3: model(*args)
     finally:
         for m,o in old: m.momentum = o
     return model.eval()

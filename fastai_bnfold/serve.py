@@ -172,7 +172,7 @@ def load_engine(backend:str, file, threads:int=None):
     try: return f(file, threads)
     except ImportError as e: raise DeployError(f"The engine of backend '{backend}' is not installed ({e}): pip install {' '.join(packages)}") from e
 
-# %% ../nbs/12_serve.ipynb #3e327a66
+# %% ../nbs/12_serve.ipynb #274769a1
 Prediction = namedtuple('Prediction', 'label index probs')
 Prediction.__doc__ = "A prediction: what the model says in words, the index (or indices, or values) behind it, and the probabilities (or the raw outputs)"
 
@@ -249,5 +249,5 @@ class Deployed:
 
     def __repr__(self):
         c,p = self.card,self.card['parity']
-        return f"{c['name']}: {c['backend']}, {sum(f.stat().st_size for f in self.path.iterdir())/1e6:.1f} MB in {self.path}; {c['fold']['n_folded']} of {c['fold']['n_bn']} batch norms folded; " \
+        return f"{c['name']}: {c['backend']}, {sum(f.stat().st_size for f in self.path.iterdir())/1e6:.1f} MB; {c['fold']['n_folded']} of {c['fold']['n_bn']} batch norms folded; " \
                f"{p['n_changed']} of {p['n_items']:,} predictions changed, max_err {p['max_err']:.1e}"

@@ -241,6 +241,14 @@ def test_clamps_do_not_write_into_what_is_read_later():
     rows,folded,_ = fold(net)
     assert not folded.act.inplace # as it was
 
+@pytest.mark.parametrize('tracer', [torch.fx.symbolic_trace, lambda m: torch.jit.trace(m, x), lambda m: torch.export.export(m, (x,)).module()])
+@pytest.mark.parametrize('inplace', [False,True])
+def test_models_with_clamps_can_be_traced(tracer, inplace):
+    net = nn.Sequential(bn(3), nn.ReLU6(inplace), conv(k=1,p=0)); randomize_bn(net)
+    _,folded,_ = fold(nn.Sequential(nn.AvgPool2d(1), *net))
+    assert isinstance(folded[2], Clamp) and folded[2].inplace is inplace
+    assert torch.equal(tracer(folded.eval())(x), folded(x))
+
 def test_subclasses():
     class Scaled(nn.BatchNorm2d):
         def forward(self, x): return super().forward(x)*2-1

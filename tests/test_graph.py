@@ -113,6 +113,24 @@ def test_reparameterized_as_timm_does(name):
     x = torch.randn(1,3,64,128).double()
     with torch.no_grad(): assert max_err([m(x)], [ep.module()(x)])<1e-11
 
+class Block(nn.Module):
+    "Branches, deep inside, that meet here"
+    def __init__(self): super().__init__(); self.deep,self.other,self.skip = nn.Sequential(nn.Sequential(conv(bias=False), nn.BatchNorm2d(8))),nn.Sequential(conv(k=1)),nn.BatchNorm2d(8)
+    def forward(self, x): return torch.relu(self.deep(x)+self.other(x)+self.skip(x))
+
+def test_a_merged_layer_lives_where_its_branches_met():
+    ep,rep,err = folded(Net(lambda m,x: m.body(x), body=nn.Sequential(Block(), Block())), x8)
+    assert set(ep.state_dict)=={f'body.{i}.conv2d.{k}' for i in (0,1) for k in ('weight','bias')} and err<1e-12
+    assert {k: sorted(v) for k,v in rep.merged.items()}=={f'body.{i}.conv2d': [f'body.{i}.deep.0.0',f'body.{i}.other.0','its input'] for i in (0,1)}
+    assert '6 parallel branches became 2 layers' in rep.notes[-1]
+
+@pytest.mark.parametrize('readers', [1,2])
+def test_clamps_of_a_graph_work_in_place(readers):
+    "BN and ReLU behind a `cat`, as in DenseNet: it is written into if nobody else reads it"
+    net = Net(lambda m,x: (lambda y: m.c(m.act(m.b(y)))+(y if readers==2 else 0))(torch.cat([x,-x],1)), b=nn.BatchNorm2d(16), act=nn.ReLU(), c=conv(16,16,1))
+    ep,rep,err = folded(net, x8)
+    assert rep.n_folded==1 and err<1e-12 and [str(n.target) for n in ep.graph.nodes if 'clamp' in op_name(n)]==['aten.clamp_min_.Tensor' if readers==1 else 'aten.clamp_min.Tensor']
+
 def test_constants_are_computed_once():
     net = Net(lambda m,x: m.frozen(m.c(x)), c=nn.utils.parametrizations.weight_norm(conv()), frozen=FrozenBatchNorm2d(8))
     ep,rep,err = folded(net, x8)
