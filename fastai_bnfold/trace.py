@@ -115,7 +115,7 @@ def uncompiled(model:nn.Module):
     import torch._dynamo as dynamo # takes seconds
     with torch.compiler.set_stance('force_eager'), dynamo.config.patch(error_on_nested_fx_trace=False): yield
 
-# %% ../nbs/01_trace.ipynb #e0a4835c
+# %% ../nbs/01_trace.ipynb #eeadee52
 def _kept(known):
     "The tensors, made by the model in the trace that runs, which are still alive and none of the `known` ones"
     known = {id(o) for t in known for o in (t, t._base)} # a view keeps its base alive
@@ -160,7 +160,7 @@ class Trace:
         self.gone,self.bounds = {},{} # what a plan changes as it grows: nodes that by then only hand on a value (→ which), clamps with other bounds
         self._const,self._values,self._alias = {},{},{n:{n} for n in self.nodes}
         for n in self.nodes:
-            if may_alias(n) or writes(n): self.merge(n, n.all_input_nodes[0])
+            for i in may_alias(n): self.merge(n, i)
         written = {v for w in self.nodes if writes(w) for v in self._alias[w]}
         for n in self.nodes:
             inputs = n.all_input_nodes
@@ -239,13 +239,16 @@ def ops(*names) -> list:
 _shape_only = {*ops('reshape_as','view_as','expand_as','zeros_like','ones_like','full_like','empty_like','rand_like','randn_like',
                     'new_zeros','new_ones','new_full','new_empty','type_as')}
 _to_numpy = {*ops('resolve_conj','resolve_neg')} # all that a trace shows of `.numpy()` and `.tolist()`
-_copies_rarely = {*ops('reshape','flatten','contiguous','dropout','feature_dropout','alpha_dropout','feature_alpha_dropout','to','reshape_as','pad',
-                       'channel_shuffle','native_channel_shuffle')} # no alias in their schema, and yet they may return their input
+_copies_rarely = {*ops('reshape','flatten','contiguous','dropout','feature_dropout','alpha_dropout','feature_alpha_dropout','to','type_as','reshape_as','pad',
+                       'channel_shuffle','native_channel_shuffle','atleast_1d','atleast_2d','atleast_3d','broadcast_tensors','meshgrid','unsafe_chunk','unsafe_split',
+                       'unsafe_split_with_sizes','_unsafe_view','einsum','sum_to_size','data','chalf','conj_physical','to_dense')} # no alias in their schema, and yet they may return their input, or a view
 
-def may_alias(n:Node) -> bool:
-    "May the value of `n` share memory with its first input (a view, an in-place op, one of several outputs)?"
-    if n.op!='call_function' or not n.all_input_nodes: return False
-    return not hasattr(n.target, '_schema') or op_of(n) in _copies_rarely or any(r.alias_info is not None for r in n.target._schema.returns)
+def may_alias(n:Node) -> list:
+    "The inputs of `n` with which its value may share memory (of a view, an in-place op, one of several outputs), and those that it writes into"
+    if n.op!='call_function': return []
+    if not hasattr(n.target, '_schema'): return n.all_input_nodes[:1]
+    given = [(a, nodes) for a,v in zip(n.target._schema.arguments, arguments(n).values()) if (nodes := [i for i in tree_flatten(v)[0] if isinstance(i, Node)])]
+    return given[0][1] if given and op_of(n) in _copies_rarely else [i for a,nodes in given if a.alias_info is not None for i in nodes]
 
 def writes(n:Node) -> bool:
     "Does `n` write into one of its inputs?"

@@ -3,6 +3,7 @@ import pytest, torch
 from torch import nn
 from fastai_bnfold.all import *
 from fastai_bnfold.folder import randomize_bn
+from fastai_bnfold.trace import Trace, op_name
 from conftest import error64
 
 class Net(nn.Module):
@@ -61,3 +62,21 @@ def test_stays(name):
     rows = [r for r in folder.report.rows if r.live]
     assert rows and all(not r.folded and why in r.reason and 'backward' in r.reason and 'forward' in r.reason for r in rows), str(folder.report)
     assert error64(folded, net, x) < 1e-5
+
+y = torch.randn(2,3,4,4)
+shares = { # functions of `z`, a value that the model has made, and of other values
+    'type_as': lambda z: z.type_as(y), 'to': lambda z: z.to(y), 'float': lambda z: z.float(), 'view': lambda z: z.view(2,-1), 'reshape': lambda z: z.reshape(6,16), 'flatten': lambda z: z.flatten(1),
+    'broadcast_tensors': lambda z: torch.broadcast_tensors(z, y)[0], 'broadcast_tensors, the second': lambda z: torch.broadcast_tensors(y+1, z)[1], 'atleast_3d': torch.atleast_3d, 'expand_as': lambda z: z.expand_as(y),
+    'chunk': lambda z: z.chunk(2)[1], 'unsafe_chunk': lambda z: torch.unsafe_chunk(z, 2)[0], 'unsafe_split': lambda z: torch.unsafe_split(z, 1)[1], 'meshgrid': lambda z: torch.meshgrid(z[0,0,0], z[0,0,1], indexing='ij')[1],
+    'einsum of one': lambda z: torch.einsum('abcd->abdc', z), 'unfold': lambda z: z.unfold(2, 2, 1), 'dropout': lambda z: nn.functional.dropout(z, .5, False), 'contiguous': lambda z: z.contiguous(), 'transpose': lambda z: z.mT,
+    'in place': lambda z: z.add_(1), 'out': lambda z: torch.add(y, 1, out=z), 'sum_to_size': lambda z: z.sum_to_size(2,3,4,4), 'slice': lambda z: z[:,1:], 'squeeze': lambda z: z.squeeze(),
+    'sum': lambda z: z+y, 'cat of one': lambda z: torch.cat([z]), 'relu': lambda z: z.relu(), 'clone': lambda z: z.clone(), 'in place, the other': lambda z: y.clone().add_(z), 'type_as, the other': lambda z: y.double().type_as(z), 'pick': lambda z: z[[0,1]],
+}
+@pytest.mark.parametrize('name', shares)
+def test_shared_memory_is_known(name):
+    "What PyTorch shares, the trace knows; what it does not share, the trace does not say"
+    def forward(m, x): return (z := x.sin()), shares[name](z)
+    net,x = Net(forward).eval(),torch.randn(2,3,4,4)
+    t,(z,out) = Trace(net, (x,)),net(x)
+    [sin] = [n for n in t.nodes if op_name(n)=='sin']
+    assert (t.nodes[-1].args[0][1] in t.aliases(sin)) == (z.untyped_storage().data_ptr()==out.untyped_storage().data_ptr())
