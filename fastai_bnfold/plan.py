@@ -284,7 +284,7 @@ ways = { # how: the pairs (before, after) to try
     'split': splits,
 }
 
-# %% ../nbs/04_plan.ipynb #154bcf43
+# %% ../nbs/04_plan.ipynb #27985795
 @dataclass
 class Step:
     "How one BN goes"
@@ -355,7 +355,7 @@ def make_plan(
                     if best is None: continue
                     how,edits = best
                     if _acts(edits) and not clamps or _extra(edits)>2 and not costly:
-                        but = f"would make {_extra(edits)} passes more over memory, which take longer than the BN (about 0.4 of its time each)" if clamps else 'would need bounds per channel, which were ruled out (`clamps=False`)'
+                        but = f"would make {_extra(edits)} passes more over memory, which take longer than the BN (0.3 to 0.4 of its time each)" if clamps else 'would need bounds per channel, which were ruled out (`clamps=False`)'
                         rows[b] = Row(b.path, how=how, into=_into(edits), acts=_acts(edits), possible=True, reason=f"possible ({how} into {', '.join(_into(edits))}), but {', '.join(_acts(edits))} {but}"); continue
                     del open_[b]; moved = True
                     search.commit(b, edits, by_path)
