@@ -259,17 +259,18 @@ def merge(
     g.eliminate_dead_code(); gm.delete_all_unused_submodules(); gm.recompile()
     return merged
 
-# %% ../nbs/11_graph.ipynb #f6e43d3d
+# %% ../nbs/11_graph.ipynb #f3d9b2b1
 _activations = 'relu','hardtanh','silu','hardswish','leaky_relu','elu'
 _fresh = 'conv1d','conv2d','conv3d','linear','batch_norm','add','sub','mul','cat' # their value is in memory of its own
 
 def _in_place(gm):
     "Let activations work in place again, as the model's own did before the export, where nobody else reads their input"
     for n in gm.graph.nodes:
-        op,x = _op(gm, n),n.args[0] if n.args else None
-        if not isinstance(op, (Op,Clamp)) or len(x.users)>1 or _name(gm, x) not in _fresh: continue
+        op = _op(gm, n)
+        if not (isinstance(op, Clamp) or isinstance(op, Op) and op._get_name() in _activations): continue
+        if len(n.args[0].users)>1 or _name(gm, n.args[0]) not in _fresh: continue
         if isinstance(op, Clamp): op.inplace = True
-        elif op._get_name() in _activations: op.target = getattr(getattr(aten, op._get_name()+'_'), op.target._overloadname)
+        else: op.target = getattr(getattr(aten, op._get_name()+'_'), op.target._overloadname)
 
 def _flat(args, kwargs): return tuple(tree_flatten((tuple(args), kwargs or {}))[0])
 

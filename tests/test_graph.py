@@ -131,6 +131,13 @@ def test_clamps_of_a_graph_work_in_place(readers):
     ep,rep,err = folded(net, x8)
     assert rep.n_folded==1 and err<1e-12 and [str(n.target) for n in ep.graph.nodes if 'clamp' in op_name(n)]==['aten.clamp_min_.Tensor' if readers==1 else 'aten.clamp_min.Tensor','aten.clamp_max_.Tensor']
 
+def test_operations_without_inputs():
+    "What is made of sizes alone, as LeViT's and others' indices, masks and positions"
+    net = Net(lambda m,x: torch.relu(m.b(m.c(x)))+torch.arange(x.shape[2], dtype=x.dtype)[:,None]+torch.arange(8)[:,None,None].cumsum(0), c=conv(), b=nn.BatchNorm2d(8))
+    ep,rep,err = folded(net, x8, dynamic_shapes=(auto,))
+    x = torch.randn(3,8,7,11).double()
+    with torch.no_grad(): assert rep.n_folded==1 and err<1e-12 and max_err([net(x)], [ep.module()(x)])<1e-12
+
 def test_constants_are_computed_once():
     net = Net(lambda m,x: m.frozen(m.c(x)), c=nn.utils.parametrizations.weight_norm(conv()), frozen=FrozenBatchNorm2d(8))
     ep,rep,err = folded(net, x8)
