@@ -55,7 +55,7 @@ class Op(nn.Module):
         return self.target(*(a for k,a in v.items() if k not in only), **{k:a for k,a in v.items() if k in only})
     def _get_name(self): return self.target.overloadpacket.__name__
 
-# %% ../nbs/11_graph.ipynb #b1e26c99
+# %% ../nbs/11_graph.ipynb #666f5d3f
 aten = torch.ops.aten
 def _as_one(v:dict, name:str):
     "The op, and its arguments, that is known by one name; `v`: the arguments of the node"
@@ -71,11 +71,12 @@ _apart = {'_native_batch_norm_legit_no_training','native_layer_norm','native_gro
 
 def _put_together(g:fx.Graph):
     for n in list(g.nodes):
-        if op_name(n)=='convolution' or op_name(n) in _apart and all(u.target is operator.getitem and u.args[1]==0 for u in n.users):
-            with g.inserting_before(n): new = g.call_function(*_as_one(arguments(n), op_name(n)))
-            new.meta = n.meta | {'val': n.meta['val'][0] if op_name(n) in _apart else n.meta['val']}
-            for o in [*n.users]*(op_name(n) in _apart): o.replace_all_uses_with(new); g.erase_node(o)
-            n.replace_all_uses_with(new); g.erase_node(n)
+        apart = op_name(n) in _apart
+        if not (apart and all(u.target is operator.getitem and u.args[1]==0 for u in n.users) or op_name(n)=='convolution'): continue
+        with g.inserting_before(n): new = g.call_function(*_as_one(arguments(n), op_name(n)))
+        new.meta = n.meta | {'val': n.meta['val'][0] if apart else n.meta['val']}
+        for o in list(n.users) if apart else [n]: o.replace_all_uses_with(new)
+        for o in [*n.users, n]: g.erase_node(o)
 
 # %% ../nbs/11_graph.ipynb #df8e10e9
 def _constants(gm:GraphModule) -> dict:

@@ -115,7 +115,7 @@ def uncompiled(model:nn.Module):
     import torch._dynamo as dynamo # takes seconds
     with torch.compiler.set_stance('force_eager'), dynamo.config.patch(error_on_nested_fx_trace=False): yield
 
-# %% ../nbs/01_trace.ipynb #eeadee52
+# %% ../nbs/01_trace.ipynb #599b2427
 def _kept(known):
     "The tensors, made by the model in the trace that runs, which are still alive and none of the `known` ones"
     known = {id(o) for t in known for o in (t, t._base)} # a view keeps its base alive
@@ -156,7 +156,6 @@ class Trace:
         for c in self.calls:
             self.n_calls[c.module] = self.n_calls.get(c.module,0) + 1
             self._children.setdefault(id(c.parent), []).append(c)
-        # `spoils`: nodes that write into memory that is read again afterwards, not through their own value: the graph does not show what is read then
         self.gone,self.bounds = {},{} # what a plan changes as it grows: nodes that by then only hand on a value (→ which), clamps with other bounds
         self._const,self._values,self._alias = {},{},{n:{n} for n in self.nodes}
         for n in self.nodes:
@@ -169,7 +168,7 @@ class Trace:
             if self.writes(n): self.merge(n, inputs[0])
         self.looks = [n for n in self.nodes if n.op=='call_function' and not self._const[n] and (torch.Tag.data_dependent_output in getattr(n.target, 'tags', ()) or op_of(n) in _to_numpy)]
         self.at = {n:i for i,n in enumerate(self.nodes)} # node → its place in the order of execution
-        self.spoils = {w for w in self.nodes if writes(w) and self.read_after(w)}
+        self.spoils = {w for w in self.nodes if writes(w) and self.read_after(w)} # the graph does not show what is read then
 
     def tensor(self, n:Node) -> Tensor:
         "The model's own tensor behind a `get_attr` node"
