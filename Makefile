@@ -18,7 +18,7 @@ nbs: $(READY)
 
 # execute the fast notebooks in place, and make README.md from the index
 run-nbs: $(READY)
-	$(BIN)/python nbs/run.py nbs/[01]*.ipynb nbs/index.ipynb && $(BIN)/nbdev-clean && $(BIN)/python nbs/readme.py
+	$(BIN)/python nbs/run.py $$(find nbs -name '*.ipynb' -not -path '*tutorials*' | sort) && $(BIN)/nbdev-clean && $(BIN)/python nbs/readme.py
 
 $(READY): settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -20,7 +20,7 @@ n_faults = int(os.environ.get('FAULTS', 70)) # for each model
 def restoring():
     "All (file, line) of the package that restore something"
     res = set()
-    for f in Path(package).glob('*.py'):
+    for f in Path(package).rglob('*.py'):
         for n in ast.walk(ast.parse(f.read_text())):
             parts = [*n.finalbody, *n.handlers] if isinstance(n, ast.Try) else [n] if isinstance(n, ast.FunctionDef) and n.name in ('undo','unfold','unfold_bn') else []
             res |= {(str(f), i) for p in parts for i in range(p.lineno, p.end_lineno+1)}

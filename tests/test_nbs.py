@@ -6,7 +6,7 @@ import fastai_bnfold
 
 root = Path(__file__).parent.parent
 nbs = sorted((root/'nbs').rglob('*.ipynb'))
-fast = [p for p in nbs if p.parent.name!='tutorials']
+fast = [p for p in nbs if 'tutorials' not in p.relative_to(root).parts]
 bin_ = Path(sys.executable).parent
 
 def test_there_are_notebooks(): assert len(fast)>=9 and len(nbs)>len(fast)
@@ -19,7 +19,7 @@ def copy(tmp_path):
 def test_export_is_in_sync(tmp_path):
     new = copy(tmp_path)
     subprocess.run([bin_/'nbdev-export'], cwd=new, check=True)
-    names = {p.name for d in (root,new) for p in (d/'fastai_bnfold').glob('*.py')}
+    names = {str(p.relative_to(d/'fastai_bnfold')) for d in (root,new) for p in (d/'fastai_bnfold').rglob('*.py')}
     assert filecmp.cmpfiles(root/'fastai_bnfold', new/'fastai_bnfold', names, shallow=False)[1:]==([],[])
 
 def test_notebooks_are_clean(tmp_path):
@@ -27,17 +27,17 @@ def test_notebooks_are_clean(tmp_path):
     subprocess.run([bin_/'nbdev-clean'], cwd=new, check=True)
     assert [p for p in nbs if p.read_text()!=(new/p.relative_to(root)).read_text()]==[]
 
-@pytest.mark.parametrize('p', nbs, ids=lambda p: p.name)
+@pytest.mark.parametrize('p', nbs, ids=lambda p: str(p.relative_to(root/'nbs')))
 def test_notebooks_are_committed_executed(p):
     "Outputs are there, and none is an error"
     cells = [c for c in json.loads(p.read_text())['cells'] if c['cell_type']=='code']
     assert any(c['outputs'] for c in cells)
     assert not any(o['output_type']=='error' for c in cells for o in c['outputs'])
 
-@pytest.mark.parametrize('p', fast, ids=lambda p: p.name)
+@pytest.mark.parametrize('p', fast, ids=lambda p: str(p.relative_to(root/'nbs')))
 def test_fast_notebooks_run(p, tmp_path):
     new = copy(tmp_path)
-    out = subprocess.run([sys.executable, new/'nbs'/'run.py', new/'nbs'/p.name], capture_output=True, text=True, cwd=root)
+    out = subprocess.run([sys.executable, new/'nbs'/'run.py', new/p.relative_to(root)], capture_output=True, text=True, cwd=root)
     assert out.returncode==0, out.stderr[-3000:]
 
 def test_readme_is_in_sync(tmp_path):
