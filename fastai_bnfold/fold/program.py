@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Call', 'out_of_place', 'Program', 'program_of', 'shape_of', 'program_of_graph']
 
-# %% ../../nbs/fold/03_program.ipynb #8c2fee56
+# %% ../../nbs/fold/03_program.ipynb #ef85ed2d
 import gc, torch
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from ..errors import *
 from .ops import *
 from .inputs import *
 
-# %% ../../nbs/fold/03_program.ipynb #79fc0044
+# %% ../../nbs/fold/03_program.ipynb #cf460631
 @dataclass(eq=False)
 class Call:
     "One call of a module during the run"
@@ -59,7 +59,7 @@ class _Calls:
         finally:
             for hook in hooks: hook.remove()
 
-# %% ../../nbs/fold/03_program.ipynb #14e74138
+# %% ../../nbs/fold/03_program.ipynb #f1a8edac
 @contextmanager
 def out_of_place(model:nn.Module):
     "While active, no module of `model` with a flag `inplace` works in place"
@@ -79,7 +79,7 @@ def _still_alive(known):
     if alive(): gc.collect() # it may only wait for this
     return alive()
 
-# %% ../../nbs/fold/03_program.ipynb #f8bc9ad0
+# %% ../../nbs/fold/03_program.ipynb #dcc1bde6
 class Program:
     "A dataflow: nodes in the order of execution, with their shapes, who owns them, what they read. It does not change"
     def __init__(self,
@@ -101,9 +101,9 @@ class Program:
         self._tensors,self._places,self._vals,self._owner,self.calls = tensors,places,vals,owner,calls
         self._set_calls(); self._set_memory(); self._set_constants(); self._set_readers()
         self._named = {self.name_of(tensor): tensor for tensor in tensors.values()}
-        self.answers,self._numbers = {},{} # what was asked for already
+        self.answers,self._numbers,self.devices = {},{},{} # what was asked for already; devices of values of a graph
 
-# %% ../../nbs/fold/03_program.ipynb #ea48b0a0
+# %% ../../nbs/fold/03_program.ipynb #964fab7d
 def _set_calls(self:Program):
     self.n_calls,self._children,self._ops = {},{},{}
     for call in self.calls:
@@ -149,7 +149,7 @@ def _set_readers(self:Program):
 
 for _f in (_set_calls, _set_memory, _merge, _set_constants, _set_readers): setattr(Program, _f.__name__, _f)
 
-# %% ../../nbs/fold/03_program.ipynb #069c90d6
+# %% ../../nbs/fold/03_program.ipynb #abdef16a
 def _numbers(tensor):
     "On the CPU, in float64 if it is floating point"
     value = tensor.detach().cpu()
@@ -202,7 +202,7 @@ class _Asked:
         "Is the module at this path compiled by TorchScript?"
         return path in self.scripted
 
-# %% ../../nbs/fold/03_program.ipynb #76863f8b
+# %% ../../nbs/fold/03_program.ipynb #ae097b54
 class _Values(_Asked):
     def val(self, node:Node):
         "The value of `node` without its numbers; of what is no tensor (a size), the value"
@@ -213,6 +213,9 @@ class _Values(_Asked):
     def dtype(self, node:Node) -> torch.dtype:
         "The dtype of `node`'s value"
         return self._vals[node].dtype
+    def device_of(self, node:Node) -> torch.device:
+        "The device of `node`'s value"
+        return self.devices.get(node, self._vals[node].device)
     def is_tensor(self, node:Node) -> bool:
         "Is the value of `node` a tensor?"
         return isinstance(self._vals.get(node), Tensor)
@@ -236,7 +239,7 @@ class _Values(_Asked):
         "The nodes at which the model looks at its data"
         return [node for node in self.nodes if looks(node) and not self.is_const(node)]
 
-# %% ../../nbs/fold/03_program.ipynb #09c977a0
+# %% ../../nbs/fold/03_program.ipynb #66566cbc
 class _Homes(_Values):
     def call(self, node:Node):
         "The innermost module call in which `node` ran"
@@ -273,7 +276,7 @@ for _cls in (_Asked, _Values, _Homes):
     for _name,_f in vars(_cls).items():
         if not _name.startswith('__'): setattr(Program, _name, _f)
 
-# %% ../../nbs/fold/03_program.ipynb #6f0e353a
+# %% ../../nbs/fold/03_program.ipynb #5f3a393e
 def _places_of(model):
     "id of a tensor → every `(path, name, is it a parameter?)` at which it is registered, once per module"
     paths,places = {},{}
@@ -313,7 +316,7 @@ def program_of(
     scripted = frozenset(path for module,path in paths.items() if isinstance(module, torch.jit.ScriptModule))
     return Program(gm, inputs, tensors, places, vals, calls.owner, tuple(calls.calls), tuple(seen['out']), kept, scripted)
 
-# %% ../../nbs/fold/03_program.ipynb #a99a5785
+# %% ../../nbs/fold/03_program.ipynb #37707847
 class _Run(torch.fx.Interpreter):
     "A run that notes what the values are, without keeping their numbers"
     def __init__(self, gm): super().__init__(gm); self.vals = {}
@@ -336,7 +339,7 @@ def _paths(nodes) -> dict:
         res[node] = path if all(part.isidentifier() or part.isdigit() for part in path.split('.')) else ''
     return res
 
-# %% ../../nbs/fold/03_program.ipynb #8a23b840
+# %% ../../nbs/fold/03_program.ipynb #0746fdbb
 @dataclass(eq=False)
 class _Exported:
     "Stands for the module from which nodes were exported"
