@@ -1,12 +1,8 @@
 "Everything a notebook needs: `from fastai_bnfold.all import *`"
 from .errors import *
-from .affine import Affine
-from .report import FoldReport, Row
-from .plan import FoldPlan
-from .folder import BNFolder
+from .fold import Affine, BNFolder, FoldPlan, FoldReport, Row
 from .learner import FoldBN
 from . import bn_stats # Learner.reestimate_bn, Learner.correct_bn, Learner.uncorrect_bn
-from . import graph  # BNFolder.fold_graph
 from . import deploy # Learner.deploy
 from .serve import Deployed
 from .fixed_point import FixedPointBN, FixedPointError, IntegerNet, fixed_point_bn

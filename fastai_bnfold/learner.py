@@ -15,10 +15,10 @@ from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastcore.imports import in_notebook
 from IPython.display import display
-from .affine import *
-from .trace import *
-from .report import *
-from .folder import *
+from .errors import *
+from .fold.inputs import *
+from .fold.report import *
+from .fold.folder import *
 from .latency import *
 from .latency import median, ratio
 
@@ -105,7 +105,7 @@ def fold_bn(self:Learner,
         with _all_or_none(self):
             args = _learner_batch(self) if xb is None else as_args(xb)
             folder.fold(self.model, args, inplace=True)
-        rep,swaps = folder.report,folder._swaps
+        rep,swaps = folder.report,folder.swaps
         if validate and not _has_valid(self): validate = False; rep.notes.append('The Learner has no validation set: the metrics could not be compared.')
         if validate:
             swaps.undo(); rep.metrics_before,before = _validate(self)
@@ -115,7 +115,7 @@ def fold_bn(self:Learner,
         if rep.n_folded: _folds[self],self.opt = (folder, opt),None # it holds the old parameters; `export` could not match it with the new
         return rep
     except BaseException:
-        if folder._swaps: folder._swaps.undo()
+        if folder.swaps: folder.swaps.undo()
         _folds.pop(self, None); self.opt = opt
         raise
 
@@ -137,7 +137,7 @@ def latency_bn(self:Learner,
     "The latency of a folded Learner's model against itself before folding, measured in turns"
     if self not in _folds: raise FoldError('This Learner is not folded: call `fold_bn` first.')
     args = _first(_learner_batch(self), 1) if xb is None else as_args(xb)
-    return _latency(self.model, args, _folds[self][0]._swaps, seconds)
+    return _latency(self.model, args, _folds[self][0].swaps, seconds)
 
 @patch
 def unfold_bn(self:Learner) -> Learner:

@@ -1,8 +1,8 @@
 import copy, os
 from pathlib import Path
 import pytest, torch
-from fastai_bnfold.folder import max_err
-from fastai_bnfold.trace import run
+from fastai_bnfold.fold.verify import max_err
+from fastai_bnfold.fold.inputs import run
 
 os.environ.setdefault('MPLBACKEND', 'agg')
 if 'PYTEST_XDIST_WORKER' in os.environ: # one thread for each worker, and for what it starts

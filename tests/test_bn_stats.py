@@ -12,7 +12,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from fastai_bnfold.all import *
 from fastai_bnfold.bn_stats import Moments, ItemStatistics, batch_norms, batch_statistics, shares, _choose
 from fastai_bnfold.experiments import AutocastCPU
-from fastai_bnfold.folder import randomize_bn
+from fastai_bnfold.fold.testing import randomize_bn
 
 def items(n, seed=0, size=6, shift=1.):
     "Two classes of images, each image with a contrast and a brightness of its own"

@@ -2,7 +2,7 @@
 import pytest, torch, torch.nn.functional as F
 from torch import nn
 from fastai_bnfold.all import *
-from fastai_bnfold.folder import randomize_bn
+from fastai_bnfold.fold.testing import randomize_bn
 from conftest import error64, snapshot, unchanged
 
 x = torch.randn(2,3,9,9, generator=torch.Generator().manual_seed(1))
@@ -21,7 +21,7 @@ cases = {
     'crosswise': (lambda m,x: m.bn2(m.conv1(x)) + m.bn1(m.conv2(x)), ['','']),
     'conv called twice, BN on one path': (lambda m,x: m.bn1(m.conv1(x)) + m.conv1(x), ['used 2 times']),
     'conv called twice, a BN each': (lambda m,x: m.bn1(m.conv1(x)) * m.bn2(m.conv1(x)), ['used 2 times']*2),
-    'one BN on two convs': (lambda m,x: m.bn1(m.conv1(x)) + m.bn1(m.conv2(x)), ['called 2 times']*2),
+    'one BN on two convs': (lambda m,x: m.bn1(m.conv1(x)) + m.bn1(m.conv2(x)), ['']),
     'conv output also added': (lambda m,x: (lambda c: m.bn1(c).sin()+c)(m.conv1(x)), ['also read by `add`']),
     'conv output also returned': (lambda m,x: (lambda c: (m.bn1(c),c))(m.conv1(x)), ["also read by the model's output"]),
     'BN output is all that is read': (lambda m,x: m.bn1(m.conv1(x)).relu_(), ['']),

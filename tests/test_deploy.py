@@ -9,7 +9,7 @@ from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, ImageDataLo
 from fastai.tabular.all import Categorify, FillMissing, TabularDataLoaders, tabular_learner, RegressionBlock
 from fastai_bnfold.all import *
 from fastai_bnfold import deploy as D
-from fastai_bnfold.folder import randomize_bn
+from fastai_bnfold.fold.testing import randomize_bn
 from fastai_bnfold.serve import Deployed
 from conftest import snapshot, unchanged
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from fastai_bnfold.all import FoldError
 from fastai_bnfold.fixed_point import FixedPointBN, FixedPointError, IntegerNet, exact_bn, fixed_point_bn, roundings
-from fastai_bnfold.folder import randomize_bn
+from fastai_bnfold.fold.testing import randomize_bn
 
 def make(weight, bias, mean, var, eps=1e-5, cls=nn.BatchNorm1d):
     n = len(np.atleast_1d(weight))

@@ -6,9 +6,10 @@ from torch import nn
 from torch.export import Dim, export
 from torchvision.ops import FrozenBatchNorm2d
 from fastai_bnfold.all import *
-from fastai_bnfold.folder import max_err, randomize_bn
-from fastai_bnfold.graph import as_modules, merge
-from fastai_bnfold.trace import op_name, tensors_of
+from fastai_bnfold.fold.testing import randomize_bn
+from fastai_bnfold.fold.verify import max_err
+from fastai_bnfold.fold.inputs import tensors_of
+from fastai_bnfold.fold.ops import op_name
 from graphs import C, programs
 from test_property import network
 
@@ -172,10 +173,13 @@ def test_the_program_is_not_changed():
     assert str(ep.graph)==before and all(torch.equal(t, state[k]) for k,t in ep.state_dict.items()) and ep.state_dict.keys()==state.keys()
 
 def test_a_wrong_merge_is_an_error(monkeypatch):
-    import fastai_bnfold.graph as g
-    change = g._change
-    monkeypatch.setattr(g, '_change', lambda gm, n, like, W, B: change(gm, n, like, W*1.01, B))
-    with pytest.raises(VerificationError, match='folded graph changes the outputs'): folded(branches['RepVGG'][0](), x8)
+    from fastai_bnfold.fold.graph import Branch
+    plus = Branch.plus
+    def wrong(self, others):
+        W,b = plus(self, others)
+        return W*1.01, b
+    monkeypatch.setattr(Branch, 'plus', wrong)
+    with pytest.raises(VerificationError, match='not the sum of its parts'): folded(branches['RepVGG'][0](), x8)
 
 def test_in_training_mode():
     with torch.no_grad(): ep = export(nn.Sequential(conv(), nn.BatchNorm2d(8)).train(), (x8.float(),))

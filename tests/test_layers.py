@@ -3,7 +3,7 @@ import copy, itertools
 import pytest, torch
 from torch import nn
 from fastai_bnfold.all import *
-from fastai_bnfold.folder import randomize_bn
+from fastai_bnfold.fold.testing import randomize_bn
 from conftest import error64
 
 convs = {f'{k}{d}d': (getattr(nn, f'{k}{d}d'), getattr(nn, f'BatchNorm{d}d'), d) for k in ('Conv','ConvTranspose') for d in (1,2,3)}

@@ -8,7 +8,7 @@ from fastai.vision.all import (ClassificationInterpretation, CrossEntropyLossFla
 import fastai.callback.all # fit_one_cycle and its like
 from fastai_bnfold.all import *
 from fastai_bnfold.experiments import digits_dls
-from fastai_bnfold.folder import randomize_bn
+from fastai_bnfold.fold.testing import randomize_bn
 
 def net(): return nn.Sequential(nn.Conv2d(3,16,3,padding=1,bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Conv2d(16,32,3,2), nn.BatchNorm2d(32), nn.ReLU(),
                                 nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(32), nn.Dropout(.1), nn.Linear(32,10))

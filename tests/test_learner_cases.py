@@ -8,7 +8,7 @@ from fastai.callback.core import Callback
 import fastai.callback.all
 from fastai_bnfold.all import *
 from fastai_bnfold.experiments import digits_dls
-from fastai_bnfold.folder import randomize_bn
+from fastai_bnfold.fold.testing import randomize_bn
 from conftest import snapshot, unchanged
 
 def net(): return nn.Sequential(nn.Sequential(nn.Conv2d(3,16,3,2,bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Conv2d(16,32,3,2), nn.BatchNorm2d(32), nn.ReLU()),

@@ -6,7 +6,7 @@ from fastai.vision.all import (xresnet18, vision_learner, unet_learner, resnet18
                                MaskBlock, PILImage, PILMask, Resize, CrossEntropyLossFlat)
 from fastai.tabular.all import tabular_learner, TabularDataLoaders, Categorify, FillMissing, Normalize
 from fastai_bnfold.all import *
-from fastai_bnfold.folder import randomize_bn
+from fastai_bnfold.fold.testing import randomize_bn
 from fastai_bnfold.experiments import digits_dls
 from conftest import error64
 

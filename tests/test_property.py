@@ -3,9 +3,10 @@ import os
 import pytest, torch
 from hypothesis import HealthCheck, assume, given, settings
 from fastai_bnfold.all import *
-from fastai_bnfold.folder import randomize_bn
-from fastai_bnfold.plan import bn_calls
-from fastai_bnfold.trace import Trace
+from fastai_bnfold.fold.testing import randomize_bn
+from fastai_bnfold.fold.plan import bns_of
+from fastai_bnfold.fold.state import View
+from fastai_bnfold.fold.program import program_of
 from conftest import error64
 from graphs import C, Program, missed, programs
 
@@ -26,6 +27,8 @@ def one_thread():
 
 common = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, print_blob=False)
 
+def n_bns(net, x): return sum(bn.is_bn for bn in bns_of(View(program_of(net, (x,)))))
+
 n_graphs = 2000
 @settings(max_examples=n_graphs, **common)
 @given(programs)
@@ -37,7 +40,7 @@ def test_folded_equals_unfolded(program):
     rep = folder.report
     if seed%5==0: # as many BNs run as the report says
         n_ran = sum(r.live and r.is_bn for r in rep.rows)
-        assert (len(bn_calls(Trace(net, (x,)))), len(bn_calls(Trace(folded, (x,)))))==(n_ran, n_ran-rep.n_folded)
+        assert (n_bns(net, x), n_bns(folded, x))==(n_ran, n_ran-rep.n_folded)
     assert all(r.folded or r.reason for r in rep.rows)
     for v in (x, torch.randn(3,C,7,5).double()): assert error64(folded, net, v) < 1e-9
 

@@ -2,8 +2,9 @@
 import pytest, torch
 from torch import nn
 from fastai_bnfold.all import *
-from fastai_bnfold.folder import randomize_bn
-from fastai_bnfold.trace import Trace, op_name
+from fastai_bnfold.fold.testing import randomize_bn
+from fastai_bnfold.fold.ops import op_name
+from fastai_bnfold.fold.program import program_of
 from conftest import error64
 
 class Net(nn.Module):
@@ -77,6 +78,6 @@ def test_shared_memory_is_known(name):
     "What PyTorch shares, the trace knows; what it does not share, the trace does not say"
     def forward(m, x): return (z := x.sin()), shares[name](z)
     net,x = Net(forward).eval(),torch.randn(2,3,4,4)
-    t,(z,out) = Trace(net, (x,)),net(x)
+    t,(z,out) = program_of(net, (x,)),net(x)
     [sin] = [n for n in t.nodes if op_name(n)=='sin']
     assert (t.nodes[-1].args[0][1] in t.aliases(sin)) == (z.untyped_storage().data_ptr()==out.untyped_storage().data_ptr())

@@ -6,8 +6,9 @@ from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 from fastai.vision.all import CrossEntropyLossFlat, Datasets, Learner, accuracy, load_learner
 from fastai_bnfold.all import *
-from fastai_bnfold.folder import max_err, randomize_bn
-from fastai_bnfold.trace import run
+from fastai_bnfold.fold.testing import randomize_bn
+from fastai_bnfold.fold.verify import max_err
+from fastai_bnfold.fold.inputs import run
 from test_faults import Dense, conv_bn
 
 gen = torch.Generator().manual_seed(3)

@@ -6,8 +6,8 @@
 __all__ = ['map_tensors', 'plain', 'fresh', 'as_args', 'leaves', 'tensors_of', 'values_of', 'describe', 'constants_in',
            'check_dense', 'same_random', 'evaluating', 'uncompiled', 'cannot_run', 'run']
 
-# %% ../../nbs/fold/02_inputs.ipynb #c326f756
-import copy, random, torch
+# %% ../../nbs/fold/02_inputs.ipynb #21ac9eec
+import copy, random, torch, warnings
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from torch import nn, Tensor
@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import SUPPORTED_NODES
 from ..errors import *
 
-# %% ../../nbs/fold/02_inputs.ipynb #c869634e
+# %% ../../nbs/fold/02_inputs.ipynb #d6216e41
 def _tuple_like(x, items):
     "`items` in a tuple of the class of `x`, without asking its constructor what it takes"
     if hasattr(type(x), 'n_fields'): return type(x)(items) # `torch.return_types`
@@ -48,7 +48,7 @@ def map_tensors(f, x, _seen=None):
         return SUPPORTED_NODES[type(x)].unflatten_fn([inner(o) for o in children], context)
     return x
 
-# %% ../../nbs/fold/02_inputs.ipynb #01fd6961
+# %% ../../nbs/fold/02_inputs.ipynb #ecd600b9
 def plain(x):
     "`x` with every tensor as a plain, detached `torch.Tensor` (fastai's `TensorImage` and its like cannot be traced)"
     return map_tensors(lambda o: o.detach().as_subclass(Tensor), x)
@@ -61,7 +61,7 @@ def as_args(xb) -> tuple:
     "The positional arguments `xb` stands for: a tuple or list is several, anything else is one"
     return tuple(plain(o) for o in xb) if type(xb) in (tuple,list) else (plain(xb),)
 
-# %% ../../nbs/fold/02_inputs.ipynb #01bc62fa
+# %% ../../nbs/fold/02_inputs.ipynb #fe5150ac
 def _attributes(x) -> list:
     "What an object of a class of its own holds, in `__dict__` or `__slots__`"
     if isinstance(x, (type, nn.Module)) or callable(x): return []
@@ -95,7 +95,7 @@ def values_of(out) -> list:
         elif hasattr(o, '__array__') and getattr(o, 'dtype', None)!=object: res.append(torch.as_tensor(o))
     return res
 
-# %% ../../nbs/fold/02_inputs.ipynb #5ea51351
+# %% ../../nbs/fold/02_inputs.ipynb #6abf5174
 def describe(x) -> str:
     "What was given, in a few words: types, shapes, dtypes"
     if isinstance(x, Tensor): return f"{type(x).__name__}{tuple(x.shape)} of {str(x.dtype).removeprefix('torch.')} on {x.device}"
@@ -119,7 +119,7 @@ def _reached(x) -> list:
     map_tensors(reached.append, x)
     return reached
 
-# %% ../../nbs/fold/02_inputs.ipynb #b87e9a53
+# %% ../../nbs/fold/02_inputs.ipynb #5b4c68fe
 def check_dense(args:tuple):
     "A `TraceError` for tensors whose numbers are laid out in ways that no rule here knows"
     for o in leaves(args):
@@ -128,7 +128,7 @@ def check_dense(args:tuple):
         if kind: raise TraceError(f"Given: a {kind} tensor ({describe(o) if kind!='nested' else 'NestedTensor'}). "
             "Expected: dense floating point tensors (`to_dense()`, `dequantize()`, `to_padded_tensor()`).")
 
-# %% ../../nbs/fold/02_inputs.ipynb #dc9a52d5
+# %% ../../nbs/fold/02_inputs.ipynb #ea14373c
 @contextmanager
 def same_random():
     "The random generators of torch and Python come back as they were"
@@ -153,7 +153,7 @@ class _Buffers:
                 if isinstance(table, dict) and table.get(name) is not buffer: table[name] = buffer
                 if copy_ is not None and not torch.equal(buffer, copy_): buffer.detach().copy_(copy_)
 
-# %% ../../nbs/fold/02_inputs.ipynb #63fdcf17
+# %% ../../nbs/fold/02_inputs.ipynb #05621b79
 @contextmanager
 def evaluating(
     model:nn.Module, # Runs in eval mode (as it stands, if it is in eval mode), without gradients
@@ -174,14 +174,16 @@ def evaluating(
         for module,flag in flags: module.training = flag
         buffers.put_back()
 
-# %% ../../nbs/fold/02_inputs.ipynb #e14e1ceb
+# %% ../../nbs/fold/02_inputs.ipynb #7723007f
 @contextmanager
 def uncompiled(model:nn.Module):
     "While active, what `torch.compile` compiled in `model` runs as it is written"
     def is_compiled(m): return hasattr(m, '_orig_mod') or getattr(m, '_compiled_call_impl', None) is not None
     if not any(map(is_compiled, model.modules())): yield; return
     import torch._dynamo as dynamo # takes seconds
-    with torch.compiler.set_stance('force_eager'), dynamo.config.patch(error_on_nested_fx_trace=False): yield
+    with torch.compiler.set_stance('force_eager'), dynamo.config.patch(error_on_nested_fx_trace=False), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Using `torch.compile')
+        yield
 
 def cannot_run(args, error) -> TraceError:
     "What to raise where a model does not run on `args`"

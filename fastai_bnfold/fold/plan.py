@@ -6,7 +6,7 @@
 __all__ = ['Chain', 'BN', 'bn_map', 'step_map', 'bns_in_modules', 'bns_in_graph', 'bns_of', 'Step', 'fold_one', 'sites',
            'cheapest', 'FoldPlan', 'make_plan']
 
-# %% ../../nbs/fold/08_plan.ipynb #4d37859b
+# %% ../../nbs/fold/08_plan.ipynb #51715625
 import torch
 from torch import nn
 from torch.fx import Node
@@ -23,7 +23,7 @@ from .sums import *
 from .search import *
 from .report import *
 
-# %% ../../nbs/fold/08_plan.ipynb #1f45e2ce
+# %% ../../nbs/fold/08_plan.ipynb #7763d101
 @dataclass(eq=False)
 class Chain:
     "One run of a batch norm, or of another constant affine map"
@@ -55,7 +55,7 @@ class BN:
         for chain in self.chains: links |= chain.links()
         return links
 
-# %% ../../nbs/fold/08_plan.ipynb #768c8a04
+# %% ../../nbs/fold/08_plan.ipynb #ffc5553a
 def _check_numbers(args, tensors, path):
     "A `StatisticsError` if the statistics and parameters of a BN are no numbers to compute with"
     for name,x in tensors.items():
@@ -82,7 +82,7 @@ def bn_map(view, node:Node) -> Affine:
     ndim = len(view.shape(args['input']))
     return amap.view(1, -1, *[1]*(ndim-2)) if ndim>1 else amap
 
-# %% ../../nbs/fold/08_plan.ipynb #903b34d3
+# %% ../../nbs/fold/08_plan.ipynb #0868b37f
 def step_map(view, node:Node, value:Node) -> Affine:
     "The map by which `node` makes its value from `value`; `Stop` if that is none"
     if is_bn(node): return bn_map(view, node)
@@ -104,7 +104,7 @@ def _class_name(view, node): return view.call(node).module._get_name() if view.c
 def _more(view, node, what):
     return Stop(f"its `forward` (of {_class_name(view, node)}) does more than to normalize: {what}", 'does more')
 
-# %% ../../nbs/fold/08_plan.ipynb #51d66431
+# %% ../../nbs/fold/08_plan.ipynb #dbb99999
 def _within(view, call):
     "The ops of a call and of all calls inside it"
     nodes = list(view.ops_of(call))
@@ -128,7 +128,7 @@ def _applied_after(view, call, value):
     if any(user not in inside for node in inside if node is not value for user in node.users): raise more
     return names
 
-# %% ../../nbs/fold/08_plan.ipynb #18aca608
+# %% ../../nbs/fold/08_plan.ipynb #607c9faf
 def _check_hooks(module):
     for hook in module._forward_pre_hooks.values():
         if hasattr(hook, 'why_not_affine'): raise Stop(hook.why_not_affine, 'does more')
@@ -157,7 +157,7 @@ def _may_be_affine(view, call):
     holds = any(True for _ in (*call.module.parameters(), *call.module.buffers()))
     return holds and not view.children(call) and all(op_of(node) in (*product_ops, *sum_ops) for node in view.ops_of(call))
 
-# %% ../../nbs/fold/08_plan.ipynb #219768b2
+# %% ../../nbs/fold/08_plan.ipynb #10d219a6
 def _bn_of_module(view, calls):
     "The BN of a module, with all its calls"
     first = calls[0]
@@ -194,7 +194,7 @@ def bns_in_modules(view) -> list:
     res = [found[node] for node in view.nodes if node in found]
     return [bn for bn in res if bn.is_bn or not bn.reason]
 
-# %% ../../nbs/fold/08_plan.ipynb #6e334220
+# %% ../../nbs/fold/08_plan.ipynb #eb0992f3
 def _bn_in_graph(view, node):
     bn = BN(view.label(node), is_bn=True)
     if view.is_const(node): bn.reason,bn.kind = "what it normalizes is a constant of the model, which depends on no input",'constant'
@@ -235,7 +235,7 @@ def bns_of(view) -> list:
     "Every BN of a program, and other constant maps, in the order of execution"
     return bns_in_graph(view) if view.free else bns_in_modules(view)
 
-# %% ../../nbs/fold/08_plan.ipynb #a763b91b
+# %% ../../nbs/fold/08_plan.ipynb #69c5bb4f
 @dataclass(frozen=True, eq=False)
 class Step(ByValue):
     "How one BN goes"
@@ -261,7 +261,7 @@ class Step(ByValue):
     @property
     def acts(self): return list(dict.fromkeys(edit.path for edit in self.edits if isinstance(edit, Rebound)))
 
-# %% ../../nbs/fold/08_plan.ipynb #158c626f
+# %% ../../nbs/fold/08_plan.ipynb #d8340837
 def _demands(view, bn, before, at):
     "What a backward pass starts from: of the BN's inputs, or of the value `at`, that they come with the map `before`"
     if at: return {at: dict.fromkeys(view.users(at), before)}
@@ -287,10 +287,13 @@ def fold_one(
         found += Search(view.program, gone.without(view.program, {}, found.edits)).backward(_demands(Search(view.program, gone), bn, before, at))
     search = Search(view.program, gone)
     replaced = {edit.node for edit in found.edits if isinstance(edit, Rebound)}
-    for chain in bn.chains: search.check_memory(view, chain.nodes[0], chain.last, chain.source, replaced)
+    if at: found.wanted.pop(at, None) # of the sum *without* the BN it is that map: as it was, if nothing is put off
+    for chain in bn.chains:
+        found.between |= set(chain.nodes[:-1])
+        search.check_memory(view, chain.nodes[0], chain.last, chain.source, replaced)
     return search.checked(found)
 
-# %% ../../nbs/fold/08_plan.ipynb #c18409f3
+# %% ../../nbs/fold/08_plan.ipynb #7cb0e9ec
 def _behind_constants(view, bn, amap):
     "If what comes next are sums or products with constants: the value behind them, the map on it that makes up for the BN, and the values in between"
     search = Search(view.program, view.state)
@@ -318,7 +321,7 @@ def sites(view, bn) -> list:
         if other: found.append((other[0], other[1], (*other[2], *chain.nodes)))
     return found
 
-# %% ../../nbs/fold/08_plan.ipynb #5a033424
+# %% ../../nbs/fold/08_plan.ipynb #c3873e8e
 def _step(bn, how, found, amap):
     "`found` as a step; where the BN does shift, a part of its map that does not needs no bias"
     some_shift = bool((amap.shift!=0).any())
@@ -344,7 +347,7 @@ def cheapest(
                 if best.extra<=0: return best
     return best
 
-# %% ../../nbs/fold/08_plan.ipynb #9f3f05c4
+# %% ../../nbs/fold/08_plan.ipynb #c63b9484
 @dataclass(repr=False)
 class FoldPlan(FoldTable):
     "What folding would do: `rows` for people, `steps` for the folder"
@@ -360,7 +363,7 @@ class FoldPlan(FoldTable):
 _all_ways = ('backward','forward','split')
 _rounds = [(0, [(('backward',), 1), (('forward','split'), -1)]), (1, [(_all_ways, 1)]), (2, [(_all_ways, 1)])]
 
-# %% ../../nbs/fold/08_plan.ipynb #cc39d961
+# %% ../../nbs/fold/08_plan.ipynb #9e68229f
 class _Planner:
     "A plan in the making"
     def __init__(self, program, costly, clamps, state=State()):
@@ -402,7 +405,7 @@ class _Planner:
         reason = f"possible ({step.how} into {', '.join(step.into)}), but {', '.join(step.acts)} {but}"
         return Row(bn.path, how=step.how, into=step.into, acts=step.acts, possible=True, reason=reason, kind='does not pay', calls=len(bn.chains))
 
-# %% ../../nbs/fold/08_plan.ipynb #774ec357
+# %% ../../nbs/fold/08_plan.ipynb #00cdc106
 def _in_words(reasons):
     "One sentence out of the reasons in the two directions, and their kinds"
     back,fore = reasons.get('backward'),reasons.get('forward')
@@ -423,22 +426,24 @@ def _never_ran(program, model):
     return [Row(path, live=False, reason='it never ran on the example batch in eval mode', kind='never ran') for path,module in model.named_modules()
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in ran]
 
-# %% ../../nbs/fold/08_plan.ipynb #c60b87c7
+# %% ../../nbs/fold/08_plan.ipynb #5c5ef48a
 def _may_write(view, node):
     "May `node` write into its input when all that is gone is gone: are these values nobody else's, and all at different places in memory?"
+    earlier = [v for v in view.aliases(node.args[0]) if view.at[v]<view.at[node]]
+    owned = all(v.op=='call_function' and not view.is_const(v) for v in earlier)
+    read_later = any(view.at[user]>view.at[node] for v in earlier for user in v.users)
     value = view.val(view.origin(node.args[0]))
-    owned = all(v.op=='call_function' and not view.is_const(v) for v in view.aliases(node) if view.at[v]<view.at[node])
-    if not owned or view.read_after(node): return False
-    return value.numel() <= 1+sum((size-1)*step for size,step in zip(value.shape, value.stride()))
+    n_places = 1+sum((size-1)*step for size,step in zip(value.shape, value.stride()))
+    return owned and not read_later and value.numel()<=n_places
 
 def _in_place(view, steps):
     "`steps`, with the activations in place that were so and may"
     def settled(edit):
-        if not isinstance(edit, Rebound) or not view.writes(edit.node): return edit
+        if not isinstance(edit, Rebound) or not (view.free or view.writes(edit.node)): return edit
         return replace(edit, inplace=_may_write(view, edit.node))
     return [replace(step, edits=tuple(map(settled, step.edits))) for step in steps]
 
-# %% ../../nbs/fold/08_plan.ipynb #62606cc4
+# %% ../../nbs/fold/08_plan.ipynb #a8910f11
 _of_modules = {'bare function','shared activation','shared weight','does more','no module','no place for a bias','TorchScript','tied weight'}
 
 def _mark_graph(program, state, bns, rows, costly, clamps):

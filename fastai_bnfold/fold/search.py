@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Found', 'deep', 'Search', 'search_backward', 'why_not', 'search_forward', 'splits', 'ways', 'check_memory', 'checked']
 
-# %% ../../nbs/fold/06_search.ipynb #fdb7dab8
+# %% ../../nbs/fold/06_search.ipynb #8709723e
 import sys, torch
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from .rules.arithmetic import *
 from .rules.clamps import *
 from .sums import *
 
-# %% ../../nbs/fold/06_search.ipynb #aebb3758
+# %% ../../nbs/fold/06_search.ipynb #f6c745c7
 @dataclass
 class Found:
     "What a pass found: the edits, and what becomes of the values in between"
@@ -41,7 +41,7 @@ def deep():
     try: sys.setrecursionlimit(max(limit, 10_000)); yield
     finally: sys.setrecursionlimit(limit)
 
-# %% ../../nbs/fold/06_search.ipynb #d6a71884
+# %% ../../nbs/fold/06_search.ipynb #55dac7dd
 class Search(View):
     "The passes over a program in a state"
     def __init__(self, program, state): super().__init__(program, state); self._answers = {}
@@ -53,7 +53,7 @@ class Search(View):
             raise Stop(f"{self.where(node)}, which writes into a value that is read again afterwards", 'written to')
         rule = self._rule(rules, node)
         try: return rule(self, node, given)
-        except Stop: raise
+        except (Stop, MemoryError): raise
         except Exception as e: raise Stop(f"{self.where(node)}, whose rule failed ({type(e).__name__}: {str(e)[:200]})", 'rule failed') from e
 
     def _rule(self, rules, node):
@@ -73,7 +73,7 @@ class Search(View):
         names = list(dict.fromkeys(self.where(node) for node in nodes))
         return ', '.join(names[:2]) + (f' and {len(names)-2} others' if len(names)>2 else '')
 
-# %% ../../nbs/fold/06_search.ipynb #2bd8c3a9
+# %% ../../nbs/fold/06_search.ipynb #9f9d2816
 def _reader_of(value): return value.args[0] if op_name(value)=='getitem' else value
 
 def _agreed(self:Search, value, by_reader):
@@ -118,7 +118,7 @@ def _beside(self:Search, value, amap, by_reader, others):
 
 Search.backward,Search._agreed,Search._beside,Search._read_elsewhere = search_backward,_agreed,_beside,_read_elsewhere
 
-# %% ../../nbs/fold/06_search.ipynb #6a28421d
+# %% ../../nbs/fold/06_search.ipynb #b64da91b
 def why_not(self:Search,
     value:Node,
     reader:Node,
@@ -145,7 +145,7 @@ def _try(self:Search, value, reader, amap):
 
 Search.why_not,Search._try = why_not,_try
 
-# %% ../../nbs/fold/06_search.ipynb #606add55
+# %% ../../nbs/fold/06_search.ipynb #00f419ee
 def search_forward(self:Search,
     maps:dict   # Value → the map that is taken out in front of it, and put off
 ) -> Found:
@@ -167,7 +167,7 @@ def search_forward(self:Search,
 
 Search.forward = search_forward
 
-# %% ../../nbs/fold/06_search.ipynb #b1c0bf0c
+# %% ../../nbs/fold/06_search.ipynb #f034ff2c
 def splits(amap:Affine) -> list:
     "Pairs of maps `(before, after)`, each of which make up `amap`"
     scale,shift = torch.broadcast_tensors(amap.scale, amap.shift)
@@ -189,7 +189,7 @@ def ways(amap:Affine, how:str) -> list:
     one = Affine.one()
     return {'backward': [(amap, one)], 'forward': [(one, amap)], 'split': splits(amap)}[how]
 
-# %% ../../nbs/fold/06_search.ipynb #60a12a5b
+# %% ../../nbs/fold/06_search.ipynb #f0fca120
 def _by(edits, key):
     groups = {}
     for edit in edits: groups.setdefault(key(edit), []).append(edit)
@@ -231,7 +231,7 @@ def _check_activation(self:Search, edits):
         raise Stop(f"`{first.path}` ({self.call(first.node).module._get_name()}), whose bounds would have to change: it is shared by {n_calls} calls", 'shared activation')
     return edits
 
-# %% ../../nbs/fold/06_search.ipynb #e1aac8ce
+# %% ../../nbs/fold/06_search.ipynb #5fbd62a0
 def check_memory(self:Search,
     now:View,     # The program before the fold
     first:Node,   # Of the nodes that go

@@ -7,7 +7,7 @@ __all__ = ['local_bound', 'Claim', 'claims_of', 'LocalProof', 'reads_shape_only_
            'paths_of', 'record', 'Changed', 'wrong_ways', 'perturbed', 'other_inputs', 'max_err', 'channel_err',
            'tolerance', 'amplification']
 
-# %% ../../nbs/fold/10_verify.ipynb #9ec7a984
+# %% ../../nbs/fold/10_verify.ipynb #a506be9b
 import copy, operator, torch
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from .rules.movement import *
 from .plan import *
 from .apply import *
 
-# %% ../../nbs/fold/10_verify.ipynb #6b5701c7
+# %% ../../nbs/fold/10_verify.ipynb #dfad40ef
 @dataclass(frozen=True)
 class Claim:
     "What becomes of a value: unfolded it is `was(w)`, folded `becomes(w)`"
@@ -55,7 +55,7 @@ def claims_of(steps) -> tuple:
         for value,amap in step.wanted.items(): claims[value] = claims.get(value, Claim()).wanted(amap)
     return claims, between
 
-# %% ../../nbs/fold/10_verify.ipynb #5d801c43
+# %% ../../nbs/fold/10_verify.ipynb #c23fc6fc
 def _noise_like(x, generator):
     "Random numbers as large as those of `x`"
     size = x.std(correction=0) if x.numel() else x.new_tensor(1.)
@@ -73,7 +73,7 @@ def _positions(node, view):
 
 _alike = {*bn_ops, *ops('relu','relu6','hardtanh','clamp','clamp_min','clamp_max','leaky_relu','abs','sigmoid')} # every position alone
 
-# %% ../../nbs/fold/10_verify.ipynb #ba3a7a5a
+# %% ../../nbs/fold/10_verify.ipynb #db4e2ca0
 class LocalProof(torch.fx.Interpreter):
     "Runs a program, and computes every operation that a plan touches unfolded and folded; `errors` has the result, node by node"
     def __init__(self, program:Program, steps:list, state:State):
@@ -97,10 +97,13 @@ class LocalProof(torch.fx.Interpreter):
         names = [self.program.name_of(self.program.tensor(leaf)) for leaf in self.program.leaves(node)]
         return any(name in self.becomes.state.edits for name in names)
 
+    def get_attr(self, target, args, kwargs):
+        value = super().get_attr(target, args, kwargs)
+        return own_copy(value) # what a run writes into is not the model's
     def run_node(self, node):
         if node in self.touched:
             try: self._check(node)
-            except FoldError: raise
+            except (FoldError, MemoryError): raise
             except Exception as e: self.unchecked[node] = f'{type(e).__name__}: {e}'
         return super().run_node(node)
 
@@ -108,7 +111,7 @@ def reads_shape_only_of_all(node:Node) -> bool:
     "Does `node` want of all its inputs their shapes alone?"
     return all(reads_shape_only(node, i) for i in node.all_input_nodes)
 
-# %% ../../nbs/fold/10_verify.ipynb #ae69ade0
+# %% ../../nbs/fold/10_verify.ipynb #68f9bef6
 def _sample(self:LocalProof, node, value):
     "The numbers of a value that `node` reads, float64, as many as are enough"
     if not isinstance(value, Tensor) or not value.is_floating_point(): return value
@@ -146,7 +149,7 @@ def _map(self:LocalProof, amap, i, x):
     ndim = len(self.program.shape(i))
     return (amap.aligned(ndim) if x.ndim==ndim else amap.view(-1))(x)
 
-# %% ../../nbs/fold/10_verify.ipynb #a89b3bb6
+# %% ../../nbs/fold/10_verify.ipynb #dd11adbf
 def _const(self:LocalProof, node, i):
     "The constant `i`, folded: exact, and stored for later"
     weight = self.by_node.get(node) or self.by_node.get(i)
@@ -188,7 +191,7 @@ def _folded(self:LocalProof, node, pairs, given):
     args = {name: map_arg(arg, given) for name,arg in arguments(node).items()} | {'bias': self.bias[node]}
     return node.target(*args.values())
 
-# %% ../../nbs/fold/10_verify.ipynb #706908a9
+# %% ../../nbs/fold/10_verify.ipynb #8d424967
 def _check(self:LocalProof, node):
     "Compute `node` both ways, and compare what its claim says of it"
     was,folded = self._computed(node)
@@ -214,7 +217,7 @@ def _channels(self:LocalProof, node, value):
 
 for _f in (_sample, _is_by_channel, _pair, _map, _const, _store, _computed, _folded, _check, _channels): setattr(LocalProof, _f.__name__, _f)
 
-# %% ../../nbs/fold/10_verify.ipynb #75f0bd0c
+# %% ../../nbs/fold/10_verify.ipynb #5bc5ca12
 local_bound = 1e-7 # relative to a channel, in float64: beyond every rounding, far below every mistake
 
 def steps_at(steps, program) -> dict:
@@ -230,7 +233,8 @@ def steps_at(steps, program) -> dict:
 def prove_locally(program:Program, steps:list, state:State) -> LocalProof:
     "The proof, run; `outputs` are those of the graph"
     proof = LocalProof(program, steps, state)
-    with torch.no_grad(), same_random(): proof.outputs = tensors_of(proof.run(*map(_copied, program.inputs), enable_io_processing=False))
+    with torch.no_grad(), same_random(): results = tensors_of(proof.run(*map(own_copy, program.inputs), enable_io_processing=False))
+    proof.outputs = results[:len(program.outputs)] # (after them: what somebody keeps)
     proof.largest = max(proof.errors.values(), default=0.)
     proof.wrong = {}
     owners = steps_at(steps, program)
@@ -239,7 +243,7 @@ def prove_locally(program:Program, steps:list, state:State) -> LocalProof:
         for path in owners.get(node, ()): proof.wrong.setdefault(path, (node, error))
     return proof
 
-# %% ../../nbs/fold/10_verify.ipynb #c4e8ab8f
+# %% ../../nbs/fold/10_verify.ipynb #5311848d
 class _Recorder(TorchDispatchMode):
     "Writes down operators, and calls of modules"
     def __init__(self, paths):
@@ -289,7 +293,7 @@ def record(model:nn.Module, args:tuple, removed:dict=None) -> Recorded:
         except Exception as e: raise cannot_run(args, e) from e
         return Recorded(values_of(out), out, recorder.events, recorder.counts)
 
-# %% ../../nbs/fold/10_verify.ipynb #2d20931a
+# %% ../../nbs/fold/10_verify.ipynb #d3cd538c
 @dataclass
 class Changed:
     "The modules that a plan changes: their paths"
@@ -333,7 +337,7 @@ def wrong_ways(changed:Changed, example:dict, before:Recorded, after:Recorded) -
         if still: wrong[bn] = f"`forward` still calls `{still[0]}` as it was: it finds it where no module is registered (in a plain list, say)"
     return wrong
 
-# %% ../../nbs/fold/10_verify.ipynb #4f1f8ef0
+# %% ../../nbs/fold/10_verify.ipynb #422058b8
 def perturbed(args:tuple, noise:float=0.1, seed:int=0) -> tuple:
     "`args` with noise on every floating point tensor, at `noise` times its standard deviation"
     generator = torch.Generator().manual_seed(seed)
@@ -381,7 +385,7 @@ def _tensors(args):
     map_tensors(found.append, args)
     return found
 
-# %% ../../nbs/fold/10_verify.ipynb #3999e234
+# %% ../../nbs/fold/10_verify.ipynb #8d4d3447
 def max_err(
     before:list, # Output tensors of the unfolded model
     after:list   # And of the folded one
@@ -405,7 +409,7 @@ def tolerance(tensors:list, n_folded:int) -> float:
     eps = max([torch.finfo(o.dtype).eps for o in tensors if o.is_floating_point()], default=torch.finfo(torch.float32).eps)
     return min(max(64*eps*(n_folded+1)**.5, 1e-11), .02)
 
-# %% ../../nbs/fold/10_verify.ipynb #a6395cb2
+# %% ../../nbs/fold/10_verify.ipynb #ea9a2c6d
 def amplification(model:nn.Module, batches:list) -> float:
     "How far the outputs move if each parameter moves by one rounding; `batches`: pairs of arguments and outputs; infinite where that cannot be measured"
     try: shaken = copy.deepcopy(model)
