@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['program_and_run', 'Evidence', 'in_words', 'dummy_batch', 'BNFolder', 'Fold', 'notes_of']
 
-# %% ../../nbs/fold/11_folder.ipynb #3d795f82
+# %% ../../nbs/fold/11_folder.ipynb #d5a4879b
 import copy, torch
 from contextlib import contextmanager
 from torch import nn, Tensor, inf
@@ -19,7 +19,7 @@ from .plan import *
 from .apply import *
 from .verify import *
 
-# %% ../../nbs/fold/11_folder.ipynb #ce75b3f1
+# %% ../../nbs/fold/11_folder.ipynb #0e10d723
 def _check_model(model):
     if not isinstance(model, nn.Module):
         raise FoldError(f"Expected an `nn.Module` (for a `Learner` call `learn.fold_bn()`), got {type(model).__name__}")
@@ -46,21 +46,30 @@ def program_and_run(model:nn.Module, args:tuple) -> tuple:
     raise TraceError(f"Two runs of the model on the same batch differ (by {err:.1e}): it is not deterministic in eval mode, "
         f"so no fold of it could be verified.{_in_training(model)}")
 
-# %% ../../nbs/fold/11_folder.ipynb #f9e25d98
+# %% ../../nbs/fold/11_folder.ipynb #93ec5560
 class Evidence:
     "What the unfolded model does on several inputs, and how far a folded one is from it"
     def __init__(self, model, args, example:Recorded, looks, structural:bool=True):
         self.model,self.example,self.structural = model,example,structural
-        self.inputs,self.before,self.untried = {'the example': args},{'the example': example},[]
-        for kind,alternatives in other_inputs(args, looks).items(): self._try(kind, alternatives)
+        self.inputs,self.before = {'the example': args},{'the example': example}
+        for alternatives in other_inputs(args, looks):
+            if self._covers(alternatives): continue
+            self._try(alternatives)
 
-    def _try(self, kind, alternatives):
-        for args in alternatives:
+    def _covers(self, alternatives):
+        "Was an image of another size taken together with another batch?"
+        return any('image size' in kind for kind in self.inputs) and all('image size' in kind for kind,_ in alternatives)
+    def _try(self, alternatives):
+        for kind,args in alternatives:
             try: self.before[kind] = record(self.model, args)
             except TraceError: continue
             self.inputs[kind] = args
             return
-        self.untried.append(kind)
+    @property
+    def untried(self) -> list:
+        "What the model takes no other of"
+        tried = ' '.join(self.inputs)
+        return [what for what in ('batch size','image size') if what.split()[0] not in tried]
 
     def compare(self, folded, steps, removed) -> dict:
         "BN → why it must stay; `errors`, `strange` (the kinds of input for which something is wrong, and nobody knows why)"
@@ -80,7 +89,7 @@ class Evidence:
     @property
     def allowed_at(self): return max(self.channel_errors.values(), default=0.)
 
-# %% ../../nbs/fold/11_folder.ipynb #32821c7b
+# %% ../../nbs/fold/11_folder.ipynb #0bff2527
 def _numel(tensors): return sum(t.numel() for t in tensors)
 
 @contextmanager
@@ -110,7 +119,7 @@ def dummy_batch(model:nn.Module) -> tuple:
     shape = 2,convs[0].in_channels,*[64]*(convs[0].weight.ndim-2)
     return (weight.new_empty(shape).uniform_(-1, 1, generator=torch.Generator(weight.device).manual_seed(0)),)
 
-# %% ../../nbs/fold/11_folder.ipynb #acbb2707
+# %% ../../nbs/fold/11_folder.ipynb #ce396274
 class BNFolder:
     "Fold the batch norms of a model into their neighbours; `report` tells what happened"
     def __init__(self,
@@ -171,7 +180,7 @@ class BNFolder:
         check_dense(args)
         return args
 
-# %% ../../nbs/fold/11_folder.ipynb #fc6d1b15
+# %% ../../nbs/fold/11_folder.ipynb #177f4e27
 def _copy_of(model):
     try: return copy.deepcopy(model)
     except Exception as e: raise FoldError(f"This model cannot be copied ({type(e).__name__}: {e}). Fold it in place: `fold(model, xb, inplace=True)`") from e
@@ -206,7 +215,7 @@ class Fold:
         self.swaps = swaps_for(self.target, self.program, steps, parameters)
         self.swaps.redo()
 
-# %% ../../nbs/fold/11_folder.ipynb #fa49c6bb
+# %% ../../nbs/fold/11_folder.ipynb #a3f91f2a
 def _prove(self:Fold):
     "Fold, and leave out what cannot be proved, until the rest is"
     while self.plan.steps:
@@ -240,7 +249,7 @@ def _parameters(self:Fold, steps):
     missing = [step for step in steps if any(isinstance(e, Absorb) and e.absorber.weight in wanted and e.absorber.weight not in known for e in step.edits)]
     return new_parameters(self.program, steps, self.plan.state.gone) if missing else known
 
-# %% ../../nbs/fold/11_folder.ipynb #42babd18
+# %% ../../nbs/fold/11_folder.ipynb #c9783db8
 def _compare(self:Fold, steps):
     "BN → why it must stay, after the fold was put in place"
     wrong = self.evidence.compare(self.target, steps, self.swaps.removed)
@@ -260,7 +269,7 @@ def _is_close(self:Fold):
 def _own_amplification(self:Fold):
     "How far the outputs of the unfolded model move if its weights move by one rounding"
     self.swaps.undo()
-    try: return amplification(self.model, [(args, self.evidence.before[kind].values) for kind,args in self.evidence.inputs.items()])
+    try: return amplification(self.model, [(self.args, self.example.values)])
     finally: self.swaps.redo()
 
 def _search_for_wrong(self:Fold, steps):
@@ -292,7 +301,7 @@ def _is_right(self:Fold, steps):
 for _f in (_prove, _prove_locally, _prove_globally, _parameters, _compare, _is_close, _own_amplification, _search_for_wrong, _worst, _is_right):
     setattr(Fold, _f.__name__, _f)
 
-# %% ../../nbs/fold/11_folder.ipynb #ddd17efb
+# %% ../../nbs/fold/11_folder.ipynb #b0ef8fb1
 def notes_of(steps, computed:set) -> list:
     "What a user should know of a plan, beside its rows; `computed`: the layers that compute their weights"
     layers = dict.fromkeys(edit.path for step in steps for edit in step.edits if isinstance(edit, Absorb))
@@ -337,7 +346,7 @@ def _proved(self:Fold) -> list:
     proved = [f"{n} operations that the fold touches were computed as they were and as they are, in float64, on the values that ran: largest error {self.proof.largest:.1e}, relative to a channel."]
     if self.structural: proved.append(f"The folded model runs the planned operations, and no others, on: {', '.join(kinds)}.")
     if self.example.values: proved.append('Outputs: ' + ', '.join(f"{kind} {self.evidence.errors[kind]:.1e}" for kind in kinds) + ' (largest difference over the largest magnitude).')
-    if self.evidence.untried: proved.append(f"The model takes no {', no '.join(kind.removeprefix('another ') for kind in self.evidence.untried)} but that of the example.")
+    if self.evidence.untried: proved.append(f"Not tried: another {', another '.join(self.evidence.untried)} (the model takes none, or has none).")
     return proved
 
 for _f in (_caveats, _looks_note, _local_error, _output_error, _proved): setattr(Fold, _f.__name__, _f)

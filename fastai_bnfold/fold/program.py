@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Call', 'out_of_place', 'Program', 'program_of', 'shape_of', 'own_copy', 'program_of_graph']
 
-# %% ../../nbs/fold/03_program.ipynb #1601ecea
+# %% ../../nbs/fold/03_program.ipynb #7a64eac4
 import gc, torch
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -14,11 +14,13 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.fx.experimental.proxy_tensor import make_fx, get_proxy_mode
 from torch.utils._pytree import tree_flatten, tree_map
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from ..errors import *
 from .ops import *
 from .inputs import *
 
-# %% ../../nbs/fold/03_program.ipynb #505d2abc
+# %% ../../nbs/fold/03_program.ipynb #836fc6aa
 @dataclass(eq=False)
 class Call:
     "One call of a module during the run"
@@ -59,7 +61,7 @@ class _Calls:
         finally:
             for hook in hooks: hook.remove()
 
-# %% ../../nbs/fold/03_program.ipynb #73144fd2
+# %% ../../nbs/fold/03_program.ipynb #2255fb80
 @contextmanager
 def out_of_place(model:nn.Module):
     "While active, no module of `model` with a flag `inplace` works in place"
@@ -79,7 +81,7 @@ def _still_alive(known):
     if alive(): gc.collect() # it may only wait for this
     return alive()
 
-# %% ../../nbs/fold/03_program.ipynb #a6fd45c7
+# %% ../../nbs/fold/03_program.ipynb #646d9e3a
 class Program:
     "A dataflow: nodes in the order of execution, with their shapes, who owns them, what they read. It does not change"
     def __init__(self,
@@ -103,7 +105,7 @@ class Program:
         self._named = {self.name_of(tensor): tensor for tensor in tensors.values()}
         self.answers,self._numbers,self.devices = {},{},{} # what was asked for already; devices of values of a graph
 
-# %% ../../nbs/fold/03_program.ipynb #d6f06737
+# %% ../../nbs/fold/03_program.ipynb #3bdbe26a
 def _set_calls(self:Program):
     self.n_calls,self._children,self._ops = {},{},{}
     for call in self.calls:
@@ -149,7 +151,7 @@ def _set_readers(self:Program):
 
 for _f in (_set_calls, _set_memory, _merge, _set_constants, _set_readers): setattr(Program, _f.__name__, _f)
 
-# %% ../../nbs/fold/03_program.ipynb #c85925e0
+# %% ../../nbs/fold/03_program.ipynb #0cdaacbe
 def _numbers(tensor):
     "On the CPU, in float64 if it is floating point"
     value = tensor.detach().cpu()
@@ -202,7 +204,7 @@ class _Asked:
         "Is the module at this path compiled by TorchScript?"
         return path in self.scripted
 
-# %% ../../nbs/fold/03_program.ipynb #81fbdc57
+# %% ../../nbs/fold/03_program.ipynb #f5330c44
 class _Values(_Asked):
     def val(self, node:Node):
         "The value of `node` without its numbers; of what is no tensor (a size), the value"
@@ -239,7 +241,7 @@ class _Values(_Asked):
         "The nodes at which the model looks at its data"
         return [node for node in self.nodes if looks(node) and not self.is_const(node)]
 
-# %% ../../nbs/fold/03_program.ipynb #b2c68e35
+# %% ../../nbs/fold/03_program.ipynb #2c6d796b
 class _Homes(_Values):
     def call(self, node:Node):
         "The innermost module call in which `node` ran"
@@ -276,7 +278,7 @@ for _cls in (_Asked, _Values, _Homes):
     for _name,_f in vars(_cls).items():
         if not _name.startswith('__'): setattr(Program, _name, _f)
 
-# %% ../../nbs/fold/03_program.ipynb #2bd382fe
+# %% ../../nbs/fold/03_program.ipynb #2bab9e3d
 def _places_of(model):
     "id of a tensor → every `(path, name, is it a parameter?)` at which it is registered, once per module"
     paths,places = {},{}
@@ -286,6 +288,10 @@ def _places_of(model):
             for name,tensor in table.items():
                 if tensor is not None: places.setdefault(id(tensor), []).append((path, name, table is module._parameters))
     return paths, places
+
+def _one_fake_mode():
+    "The tracer notes shapes as fake tensors, and makes a mode for each, unless it finds one: half of its time"
+    return tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
 
 def program_of(
     model:nn.Module,
@@ -302,7 +308,7 @@ def program_of(
         seen['out'] = tensors_of(model(*map_tensors(lambda _: next(given), args)))
         seen['kept'] = _still_alive([*seen['out'], *tensors])
         return seen['out']+seen['kept']
-    with evaluating(model), uncompiled(model), nullcontext() if inplace else out_of_place(model), calls.recording():
+    with evaluating(model), uncompiled(model), nullcontext() if inplace else out_of_place(model), calls.recording(), _one_fake_mode():
         try: gm = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)(*map(torch.clone, inputs))
         except Exception as e: raise TraceError(f"The model does not run under the tracer: {type(e).__name__}: {e}") from e
     nodes = list(gm.graph.nodes)
@@ -316,7 +322,7 @@ def program_of(
     scripted = frozenset(path for module,path in paths.items() if isinstance(module, torch.jit.ScriptModule))
     return Program(gm, inputs, tensors, places, vals, calls.owner, tuple(calls.calls), tuple(seen['out']), kept, scripted)
 
-# %% ../../nbs/fold/03_program.ipynb #0490b340
+# %% ../../nbs/fold/03_program.ipynb #2e59f936
 class _Run(torch.fx.Interpreter):
     "A run that notes what the values are, without keeping their numbers"
     def __init__(self, gm): super().__init__(gm); self.vals,self.devices = {},{}
@@ -344,7 +350,7 @@ def _paths(nodes) -> dict:
         res[node] = path if all(part.isidentifier() or part.isdigit() for part in path.split('.')) else ''
     return res
 
-# %% ../../nbs/fold/03_program.ipynb #e85e029d
+# %% ../../nbs/fold/03_program.ipynb #37562533
 @dataclass(eq=False)
 class _Exported:
     "Stands for the module from which nodes were exported"
