@@ -63,6 +63,7 @@ pipelines = {
     'pad zeros': (Resize(40, method=ResizeMethod.Pad, pad_mode=PadMode.Zeros), ()), 'pad border': (Resize((50,30), method=ResizeMethod.Pad, pad_mode=PadMode.Border), ()),
     'random crop': (RandomResizedCrop(32), ()), 'random crop, no edge': (RandomResizedCrop(32, val_xtra=0), ()), 'augmented': (Resize(32), aug_transforms()),
     'presized': (Resize(48), aug_transforms(size=32)), 'presized, much larger': (Resize(100), aug_transforms(size=32)), 'presized, crop': (Resize(64), aug_transforms(size=24, min_scale=.75)),
+    'gpu crop, much larger': (Resize((120,200)), [RandomResizedCropGPU((20,30))]), 'presized, not square': (Resize((160,90)), aug_transforms(size=(20,30))),
     'gpu crop': (Resize((80,40)), [RandomResizedCropGPU(32)]), 'gpu crop, a part': (Resize((40,80)), [RandomResizedCropGPU((16,32), valid_scale=.8)]), 'rotate': (Resize(32), [Rotate(p=1.), Contrast(p=1.)]),
 }
 @pytest.mark.parametrize('name', pipelines)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['example_batch', 'valid_batches', 'other_sizes']
 
-# %% ../../nbs/deploy/04_batches.ipynb #ae69ba7f
+# %% ../../nbs/deploy/04_batches.ipynb #651d1aba
 import torch
 from fastai.learner import Learner
 from torch.nn.functional import interpolate
@@ -13,15 +13,18 @@ from ..errors import *
 from ..trace import *
 from ..learner import _first, _has_valid, _learner_batch
 
-# %% ../../nbs/deploy/04_batches.ipynb #14cb425f
+# %% ../../nbs/deploy/04_batches.ipynb #52e07222
 def example_batch(learn:Learner) -> tuple:
     "The model's inputs for two items, on the CPU; `NoDataError` without a validation set"
-    if not _has_valid(learn): raise NoDataError("This Learner has no validation set to check a deployed model on. Give its `DataLoaders` one.")
-    args = map_tensors(lambda o: o.cpu().contiguous(), _learner_batch(learn)) # (AOTInductor believes the strides of its example)
+    if not _has_valid(learn):
+        raise NoDataError("This Learner has no validation set to check a deployed model on. "
+                          "Give its `DataLoaders` one.")
+    # AOTInductor believes the strides of its example
+    args = map_tensors(lambda o: o.cpu().contiguous(), _learner_batch(learn))
     if len(args[0])<2: args = map_tensors(lambda o: torch.cat([o,o]), args)
     return args
 
-# %% ../../nbs/deploy/04_batches.ipynb #c5f4f62e
+# %% ../../nbs/deploy/04_batches.ipynb #4c22c2a3
 def valid_batches(
     learn:Learner,
     n:int           # Items
@@ -35,7 +38,7 @@ def valid_batches(
         left -= len(args[0])
         if left<=0: return
 
-# %% ../../nbs/deploy/04_batches.ipynb #78cb8463
+# %% ../../nbs/deploy/04_batches.ipynb #6cb4a7bd
 def _larger(images, shape):
     "Images 32 pixels larger where `shape` has no size for them"
     free = len(shape)==4 and None in shape[2:]

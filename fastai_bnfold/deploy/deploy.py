@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_target', 'all_or_nothing', 'make_card']
 
-# %% ../../nbs/deploy/07_deploy.ipynb #1f753413
+# %% ../../nbs/deploy/07_deploy.ipynb #08cb9141
 import json, os, shutil, tempfile, torch, warnings
 from contextlib import contextmanager
 from copy import deepcopy
@@ -25,16 +25,18 @@ from .parity import *
 from .serve import *
 from .spec import *
 
-# %% ../../nbs/deploy/07_deploy.ipynb #0491b19b
+# %% ../../nbs/deploy/07_deploy.ipynb #cd7aa925
 def check_target(path:Path, backend:str):
     "Raise `DeployError` if the backend is unknown, or there is something else than a deployment at `path`"
-    if backend not in backends: raise DeployError(f"Unknown backend '{backend}'. Expected one of: {', '.join(backends)}")
+    if backend not in backends:
+        raise DeployError(f"Unknown backend '{backend}'. Expected one of: {', '.join(backends)}")
     if not path.exists(): return
     empty = path.is_dir() and not any(path.iterdir())
     if not empty and not (path/'card.json').exists():
-        raise DeployError(f"'{path}' exists and is no deployment. Give the path of a new folder, or of an earlier deployment, which will be replaced.")
+        raise DeployError(f"'{path}' exists and is no deployment. Give the path of a new folder, "
+                          "or of an earlier deployment, which will be replaced.")
 
-# %% ../../nbs/deploy/07_deploy.ipynb #3ac014c3
+# %% ../../nbs/deploy/07_deploy.ipynb #a838d79a
 def _put(tmp, path):
     "Rename the finished folder to its name, which an earlier one may have"
     os.chmod(tmp, 0o755)
@@ -50,30 +52,37 @@ def _put(tmp, path):
 def all_or_nothing(path:Path):
     "A temporary folder, which becomes `path` if nothing is raised, and is gone if something is"
     try: tmp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'.{path.name}.'))
-    except OSError as e: raise DeployError(f"Cannot write to '{path.parent}': {e.strerror}. Give a path in a folder that exists and is writable.") from e
+    except OSError as e:
+        raise DeployError(f"Cannot write to '{path.parent}': {e.strerror}. "
+                          "Give a path in a folder that exists and is writable.") from e
     try:
         yield tmp
         _put(tmp, path)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../../nbs/deploy/07_deploy.ipynb #bcaaac19
+# %% ../../nbs/deploy/07_deploy.ipynb #b4b35bae
 def _check_space(model, tmp, parent):
     "Three times the parameters: exporters write files of their own"
     need = 3*sum(p.numel()*p.element_size() for p in model.parameters())
     free = shutil.disk_usage(tmp).free
-    if free<need: raise DeployError(f"The disk of '{parent}' is full: about {need/1e6:.0f} MB are needed, {free/1e6:.0f} MB are free.")
+    if free>=need: return
+    raise DeployError(f"The disk of '{parent}' is full: "
+                      f"about {need/1e6:.0f} MB are needed, {free/1e6:.0f} MB are free.")
 
+# %% ../../nbs/deploy/07_deploy.ipynb #f94de8e7
 @contextmanager
 def _in_words(path, backend):
     "What goes wrong underneath, as a `DeployError`"
     try: yield
     except FoldError: raise
-    except OSError as e: raise DeployError(f"Could not write to '{path.parent}': {e.strerror or e}. Nothing was left there.") from e
+    except OSError as e:
+        raise DeployError(f"Could not write to '{path.parent}': {e.strerror or e}. Nothing was left there.") from e
     except Exception as e:
+        why = f'{type(e).__name__}: {first_line(e)}'
         others = ', '.join(name for name in backends if name!=backend)
-        raise DeployError(f"Backend '{backend}' cannot deploy this model ({type(e).__name__}: {first_line(e)}). Others: {others}.") from e
+        raise DeployError(f"Backend '{backend}' cannot deploy this model ({why}). Others: {others}.") from e
 
-# %% ../../nbs/deploy/07_deploy.ipynb #3bc3f9f5
+# %% ../../nbs/deploy/07_deploy.ipynb #04720229
 def _versions(backend):
     "Package → version, of those that had a hand in it"
     res,used = {},backends[backend]
@@ -83,6 +92,7 @@ def _versions(backend):
     return res
 
 def _fold_facts(report):
+    "What the `FoldReport` says, fit for JSON"
     keys = 'n_bn','n_folded','params_before','params_after','max_err','merged'
     kept = {row.bn: row.reason for row in report.kept}
     return {key: getattr(report, key) for key in keys} | dict(kept=kept)
@@ -92,9 +102,10 @@ def _input_facts(exported, args):
     facts = zip(exported.names, dtypes, exported.shapes)
     return [dict(name=name, dtype=dtype, shape=shape) for name,dtype,shape in facts]
 
-def _write_card(card, folder): (folder/'card.json').write_text(json.dumps(card, indent=1), encoding='utf-8')
+def _write_card(card, folder):
+    (folder/'card.json').write_text(json.dumps(card, indent=1), encoding='utf-8')
 
-# %% ../../nbs/deploy/07_deploy.ipynb #e97247ea
+# %% ../../nbs/deploy/07_deploy.ipynb #11aa64e4
 def make_card(
     name:str,          # Of the deployment
     backend:str,       # Of its file
@@ -102,14 +113,14 @@ def make_card(
     exported:Exported, # From `export_checked`
     args:tuple         # The example batch
 ) -> dict:
-    "What a card says of a model; what it says of a Learner (`input`, `output`, `parity`) comes to it"
+    "What a card says of a model; what it says of a Learner (`input`, `output`, `parity`) is added to it"
     files = sorted(folder.iterdir(), key=lambda file: file.name!=exported.file) # the model comes first
     now = datetime.now(timezone.utc).isoformat(timespec='seconds')
     return dict(name=name, format=1, backend=backend, created=now, versions=_versions(backend),
                 files={file.name: sha256(file) for file in files}, inputs=_input_facts(exported, args),
                 fold=_fold_facts(exported.report))
 
-# %% ../../nbs/deploy/07_deploy.ipynb #0cf9cf66
+# %% ../../nbs/deploy/07_deploy.ipynb #3e6aa843
 def _add_parity(card, learn, model, exported, args, n_check, tol, max_changed):
     "What the outputs mean, and how far the engine's are from the model's; `DeployError` if too far"
     with evaluating(model): card['output'] = output_spec(learn, model(*fresh(args)))
@@ -136,7 +147,7 @@ def _add_input(card, learn, folder):
     deployed.card = card
     return deployed
 
-# %% ../../nbs/deploy/07_deploy.ipynb #3fc7273b
+# %% ../../nbs/deploy/07_deploy.ipynb #a1b746ce
 def _copy(model):
     try: return deepcopy(model).cpu().float().eval()
     except Exception as e: raise DeployError(f"The model cannot be copied ({type(e).__name__}: {e})") from e
@@ -144,12 +155,13 @@ def _copy(model):
 @patch
 def deploy(self:Learner,
     path,                   # Folder to make; an earlier deployment there is replaced
-    backend:str='onnx',     # 'onnx' (ONNX Runtime), 'openvino', 'torch' (an AOTInductor package) or 'eager' (a pickled `nn.Module`)
+    backend:str='onnx',     # Or 'openvino', 'torch' (an AOTInductor package), 'eager' (a pickled `nn.Module`)
     n_check:int=None,       # Validation items to check; all if left out
     tol:float=1e-4,         # Largest difference of the outputs, over their largest magnitude
     max_changed:int=0       # Predictions that may change
 ) -> Deployed:              # `.predict(items)`
-    "Fold a copy of the model, export it for an engine, check it on the validation set, and write it with all that is needed to serve it. The Learner is not changed"
+    """Fold a copy of the model, export it for an engine, check it on the validation set,
+    and write it with all that is needed to serve it. The Learner is not changed"""
     path = Path(path).expanduser().absolute()
     check_target(path, backend)
     args,model = example_batch(self),_copy(self.model)

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['backends', 'Backend', 'engine', 'load_onnx', 'load_openvino', 'on_arrays', 'load_torch', 'load_eager', 'load_engine']
 
-# %% ../../nbs/deploy/00_engines.ipynb #67fe2c28
+# %% ../../nbs/deploy/00_engines.ipynb #d60db045
 import numpy as np
 from ..errors import *
 
-# %% ../../nbs/deploy/00_engines.ipynb #a14dadd8
+# %% ../../nbs/deploy/00_engines.ipynb #7cf281c1
 class Backend:
     "A format of model files: `load` reads one; called with a model and a folder, it writes one"
     def __init__(self,
         name:str,     # What `learn.deploy(path, backend=...)` calls it
-        load,         # From a file and the number of threads to a function from inputs (name → array) to outputs
+        load,         # From a file and the number of threads to the function of `load_engine`
         packages:tuple=() # What `pip` has to install for it
     ):
         self.name,self.load,self.packages = name,load,packages
@@ -22,12 +22,13 @@ class Backend:
 
     def __call__(self, model, to) -> str:
         "Write `model` into the folder `to`; the name of its file"
-        if self.write is None: raise DeployError(f"Backend '{self.name}' can be loaded, but nothing here writes it: import `fastai_bnfold.deploy.export`, or register its `writer`")
-        return self.write(model, to)
+        if self.write: return self.write(model, to)
+        raise DeployError(f"Backend '{self.name}' can be loaded, but nothing here writes it: "
+                          "import `fastai_bnfold.deploy.export`, or register its `writer`")
 
     def __repr__(self): return f"Backend('{self.name}', needs {', '.join(self.packages)})"
 
-# %% ../../nbs/deploy/00_engines.ipynb #7edcdbe5
+# %% ../../nbs/deploy/00_engines.ipynb #87e6a5e1
 backends = {}  # name → `Backend`
 
 def engine(name:str, *packages):
@@ -37,7 +38,7 @@ def engine(name:str, *packages):
         return load
     return deco
 
-# %% ../../nbs/deploy/00_engines.ipynb #78320d2c
+# %% ../../nbs/deploy/00_engines.ipynb #b85c951c
 @engine('onnx', 'onnxruntime')
 def load_onnx(file, threads):
     "ONNX Runtime, on the GPU where it can"
@@ -52,7 +53,7 @@ def load_onnx(file, threads):
     def run(inputs): return session.run(None, {k:v for k,v in inputs.items() if k in names})
     return run
 
-# %% ../../nbs/deploy/00_engines.ipynb #633c371a
+# %% ../../nbs/deploy/00_engines.ipynb #91d3a979
 @engine('openvino', 'openvino')
 def load_openvino(file, threads):
     "OpenVINO, on the CPU, in float32"
@@ -68,7 +69,7 @@ def load_openvino(file, threads):
         return [np.array(outs[port]) for port in model.outputs]
     return run
 
-# %% ../../nbs/deploy/00_engines.ipynb #1e1f52f2
+# %% ../../nbs/deploy/00_engines.ipynb #5bf617b0
 def _as_list(out):
     if isinstance(out, dict): return list(out.values())
     return out if isinstance(out, (tuple,list)) else [out]
@@ -83,7 +84,7 @@ def on_arrays(model, threads:int=None):
         return [out.numpy() for out in outs]
     return run
 
-# %% ../../nbs/deploy/00_engines.ipynb #ef97bdea
+# %% ../../nbs/deploy/00_engines.ipynb #e1e9865c
 @engine('torch', 'torch')
 def load_torch(file, threads):
     "An AOTInductor package"
@@ -97,7 +98,7 @@ def load_eager(file, threads):
     model = torch.load(file, weights_only=False, map_location='cpu')
     return on_arrays(model.eval(), threads)
 
-# %% ../../nbs/deploy/00_engines.ipynb #384074d7
+# %% ../../nbs/deploy/00_engines.ipynb #8d38bb90
 def load_engine(
     backend:str,      # A name in `backends`
     file,             # The model's file

@@ -6,7 +6,7 @@
 __all__ = ['Exported', 'first_line', 'export_model', 'free_shapes', 'writer', 'write_onnx', 'write_openvino', 'write_torch',
            'write_eager', 'input_names', 'export_checked']
 
-# %% ../../nbs/deploy/06_export.ipynb #4004e7f0
+# %% ../../nbs/deploy/06_export.ipynb #b05417ab
 import inspect, shutil, torch, warnings
 from collections import namedtuple
 from torch import nn, Tensor
@@ -19,7 +19,7 @@ from .engines import *
 from .batches import *
 from .parity import *
 
-# %% ../../nbs/deploy/06_export.ipynb #801a4bfd
+# %% ../../nbs/deploy/06_export.ipynb #309fddbb
 def first_line(error) -> str:
     "What an error says, without the pages after it"
     said = str(error).strip()
@@ -47,17 +47,20 @@ def export_model(
                 f"({type(e).__name__}: {first_line(e)}). "
                 "`backend='eager'` needs no export; or make the model's `forward` exportable.") from e
 
-# %% ../../nbs/deploy/06_export.ipynb #96a6935a
-def _user_inputs(ep): return [n for n in ep.graph.nodes if n.op=='placeholder' and n.name in ep.graph_signature.user_inputs]
+# %% ../../nbs/deploy/06_export.ipynb #c22735a6
+def _user_inputs(ep):
+    "The graph's nodes that are the model's inputs (parameters are placeholders, too)"
+    names = ep.graph_signature.user_inputs
+    return [node for node in ep.graph.nodes if node.op=='placeholder' and node.name in names]
 
 def free_shapes(ep) -> list:
     "The shapes of an exported program's inputs; None: any size"
-    def sizes(node): return [None if isinstance(n, torch.SymInt) else int(n) for n in node.meta['val'].shape]
-    return [sizes(node) for node in _user_inputs(ep)]
+    def size(n): return None if isinstance(n, torch.SymInt) else int(n)
+    return [list(map(size, node.meta['val'].shape)) for node in _user_inputs(ep)]
 
-# %% ../../nbs/deploy/06_export.ipynb #9d7f03f0
+# %% ../../nbs/deploy/06_export.ipynb #f94361b4
 def writer(name:str, *packages, **options):
-    "Register the function that writes a backend's file; the packages it needs; `options` of the `BNFolder` that folds for it"
+    "Register the function that writes a backend's file, with the packages and the `BNFolder`'s options for it"
     def deco(write):
         backend = backends[name]
         backend.write,backend.write_packages,backend.options = write,packages,options
@@ -68,7 +71,9 @@ def writer(name:str, *packages, **options):
 def write_onnx(ep, to):
     "An ONNX file, from the exported program"
     try: import onnxscript
-    except ImportError as e: raise DeployError("Backend 'onnx' needs ONNX, its exporter and its runtime: pip install 'fastai_bnfold[onnx]'") from e
+    except ImportError as e:
+        raise DeployError("Backend 'onnx' needs ONNX, its exporter and its runtime: "
+                          "pip install 'fastai_bnfold[onnx]'") from e
     names = [node.name for node in _user_inputs(ep)]
     written = torch.onnx.export(ep, ep.example_inputs[0], dynamo=True, verbose=False,
                                 input_names=names, external_data=False)
@@ -79,11 +84,12 @@ def write_onnx(ep, to):
 def write_openvino(ep, to):
     "OpenVINO's two files, from the exported program"
     try: import openvino as ov
-    except ImportError as e: raise DeployError("Backend 'openvino' needs OpenVINO: pip install 'fastai_bnfold[openvino]'") from e
+    except ImportError as e:
+        raise DeployError("Backend 'openvino' needs OpenVINO: pip install 'fastai_bnfold[openvino]'") from e
     ov.save_model(ov.convert_model(ep), str(to/'model.xml'), compress_to_fp16=False)
     return 'model.xml'
 
-# %% ../../nbs/deploy/06_export.ipynb #6e36d52b
+# %% ../../nbs/deploy/06_export.ipynb #2d7a9cf1
 @writer('torch')
 def write_torch(ep, to):
     "An AOTInductor package: compiled code, from the exported program"
@@ -100,16 +106,17 @@ def write_eager(model, to):
     torch.save(model, to/'model.pt')
     return 'model.pt'
 
-# %% ../../nbs/deploy/06_export.ipynb #51e699f6
+# %% ../../nbs/deploy/06_export.ipynb #6c769623
 def input_names(model:nn.Module, n:int) -> list:
     "Names of the `n` inputs: those of the arguments of `forward`"
     params = inspect.signature(model.forward).parameters.values()
     names = [p.name for p in params if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return names[:n] if len(names)>=n else [f'x{i}' for i in range(n)]
 
-# %% ../../nbs/deploy/06_export.ipynb #e374e18f
+# %% ../../nbs/deploy/06_export.ipynb #7077a067
 Exported = namedtuple('Exported', 'file report shapes names run')
-Exported.__doc__ = "A model that was written: its file, the `FoldReport`, shapes and names of the inputs, and the engine (arrays → list of arrays)"
+Exported.__doc__ = """A model that was written: its file, the `FoldReport`, shapes and names of the inputs,
+and the engine (a function from arrays to a list of arrays)"""
 
 def _module_shapes(args, sizes):
     "What a module is thought to leave free, as nothing says it"
@@ -120,10 +127,13 @@ def _write(model, args, backend, to, sizes):
     "Fold and write; the name of the file, the `FoldReport`, and the shapes of the inputs"
     write = backends[backend]
     folder = BNFolder(**write.options)
-    if backend=='eager': return write(folder.fold(model, args), to), folder.report, _module_shapes(args, sizes)
+    if backend=='eager':
+        file = write(folder.fold(model, args), to)
+        return file, folder.report, _module_shapes(args, sizes)
     ep = folder.fold_graph(export_model(model, args, sizes))
     return write(ep, to), folder.report, free_shapes(ep)
 
+# %% ../../nbs/deploy/06_export.ipynb #120f3308
 def _export(model, args, backend, to, sizes, tol):
     "Write the model, load it, and run it on other sizes"
     file,report,shapes = _write(model, args, backend, to, sizes)
@@ -135,7 +145,7 @@ def _export(model, args, backend, to, sizes, tol):
         if free and err>tol: raise DeployError('another size gives other outputs')
     return Exported(file, report, shapes, names, engine)
 
-# %% ../../nbs/deploy/06_export.ipynb #b7323d5d
+# %% ../../nbs/deploy/06_export.ipynb #5f25c42d
 def _clear(folder):
     for f in folder.iterdir(): f.unlink() if f.is_file() else shutil.rmtree(f)
 

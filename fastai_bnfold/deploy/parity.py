@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['on_tensors', 'outputs', 'parity', 'input_err']
 
-# %% ../../nbs/deploy/05_parity.ipynb #fe16c00f
+# %% ../../nbs/deploy/05_parity.ipynb #b3bed687
 import math, numpy as np, torch
 from torch import nn, Tensor
 from fastai.learner import Learner
@@ -14,7 +14,7 @@ from ..trace import *
 from ..folder import *
 from .batches import *
 
-# %% ../../nbs/deploy/05_parity.ipynb #893b1f30
+# %% ../../nbs/deploy/05_parity.ipynb #75dd5469
 def _classes(out, output):
     "What the outputs decide for, None if they are numbers"
     if output['kind']=='softmax': return out.argmax(1)
@@ -26,7 +26,7 @@ def _n_changed(want, got, output):
     if before is None or before.shape!=after.shape: return 0
     return int((before!=after).reshape(len(before),-1).any(1).sum())
 
-# %% ../../nbs/deploy/05_parity.ipynb #54fcf304
+# %% ../../nbs/deploy/05_parity.ipynb #4cc172ab
 def on_tensors(
     run,         # An engine: a function from arrays to a list of arrays
     args:tuple   # Tensors on the CPU
@@ -39,7 +39,7 @@ def outputs(model:nn.Module, args:tuple) -> list:
     "A model's output tensors in eval mode"
     with evaluating(model): return tensors_of(model(*fresh(args)))
 
-# %% ../../nbs/deploy/05_parity.ipynb #8bb4db27
+# %% ../../nbs/deploy/05_parity.ipynb #523fdf66
 def parity(
     learn:Learner,
     model:nn.Module,      # The unfolded model, on the CPU
@@ -54,13 +54,14 @@ def parity(
     for args in progress_bar(valid_batches(learn, n), total=n_batches, leave=False):
         args = map_tensors(Tensor.cpu, args)
         want,got = outputs(model, args),on_tensors(run, args)
-        if len(want)!=len(got): return dict(n_items=len(args[0]), n_changed=len(args[0]), max_err=math.inf)
+        size = len(args[0])
+        if len(want)!=len(got): return dict(n_items=size, n_changed=size, max_err=math.inf)
         err = max(err, max_err(want, got))
         n_changed += _n_changed(want[0], got[0], output)
-        n_items += len(args[0])
+        n_items += size
     return dict(n_items=n_items, n_changed=n_changed, max_err=err)
 
-# %% ../../nbs/deploy/05_parity.ipynb #39d20387
+# %% ../../nbs/deploy/05_parity.ipynb #54376c19
 def _raw_row(table, i):
     "Row `i` of a `Tabular` as it was before the procs"
     row = table.decode_row(table.items.iloc[i]).to_dict()
@@ -73,7 +74,7 @@ def input_err(
     learn:Learner,
     deployed        # A `Deployed`
 ) -> float:
-    "How far the inputs that a deployed model makes of the first validation items are from fastai's, over the largest magnitude"
+    "How far the inputs it makes of the first validation items are from fastai's, over the largest magnitude"
     kind,items = deployed.card['input']['kind'],learn.dls.valid_ds
     if kind=='array': return 0.
     def item(i): return _raw_row(items, i) if kind=='table' else items[i][0]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prediction', 'sha256', 'read_card', 'softmax', 'sigmoid', 'stacked', 'Deployed']
 
-# %% ../../nbs/deploy/02_serve.ipynb #be97dc83
+# %% ../../nbs/deploy/02_serve.ipynb #f14286b6
 import hashlib, json
 from collections import namedtuple
 from pathlib import Path
@@ -14,30 +14,34 @@ from ..errors import *
 from .engines import *
 from .items import *
 
-# %% ../../nbs/deploy/02_serve.ipynb #703f3bd0
+# %% ../../nbs/deploy/02_serve.ipynb #fcc2559b
 def sha256(file) -> str:
     "The checksum of a file"
     with open(file, 'rb') as f:
         if hasattr(hashlib, 'file_digest'): return hashlib.file_digest(f, 'sha256').hexdigest() # Python 3.11
         return hashlib.sha256(f.read()).hexdigest()
 
-# %% ../../nbs/deploy/02_serve.ipynb #f40b0ae4
+# %% ../../nbs/deploy/02_serve.ipynb #c72e6185
 def _check_file(path, checksum):
-    if not path.is_file(): raise DeployError(f"'{path}' is missing: copy the whole folder of the deployment")
-    if sha256(path)!=checksum: raise DeployError(f"'{path}' is not the file that was deployed (its checksum differs): copy the folder again")
+    if not path.is_file():
+        raise DeployError(f"'{path}' is missing: copy the whole folder of the deployment")
+    if sha256(path)!=checksum:
+        raise DeployError(f"'{path}' is not the file that was deployed (its checksum differs): copy the folder again")
 
 def read_card(path:Path) -> dict:
     "The card of a deployment, after a look at whether its files are all there and whole"
     path = Path(path)
     try: card = json.loads((path/'card.json').read_text(encoding='utf-8'))
     except (OSError, ValueError) as e:
-        raise DeployError(f"'{path}' is no deployment: it should be a folder with a card.json, as `learn.deploy` makes it ({type(e).__name__})") from e
+        raise DeployError(f"'{path}' is no deployment: it should be a folder with a card.json, "
+                          f"as `learn.deploy` makes it ({type(e).__name__})") from e
     for name,checksum in card['files'].items(): _check_file(path/Path(name).name, checksum)
     return card
 
-# %% ../../nbs/deploy/02_serve.ipynb #13614867
+# %% ../../nbs/deploy/02_serve.ipynb #6079dd27
 Prediction = namedtuple('Prediction', 'label index probs')
-Prediction.__doc__ = "A prediction: what the model says in words, the index (or indices, or values) behind it, and the probabilities (or the raw outputs)"
+Prediction.__doc__ = """A prediction: what the model says in words, the index (or indices, or values) behind it,
+and the probabilities (or the raw outputs)"""
 
 def softmax(x):
     "Over the second dimension, without overflow"
@@ -49,7 +53,7 @@ def sigmoid(x):
     e = np.exp(-np.abs(x))
     return np.where(x>=0, 1/(1+e), e/(1+e))
 
-# %% ../../nbs/deploy/02_serve.ipynb #dbab2042
+# %% ../../nbs/deploy/02_serve.ipynb #df14cc5d
 def _one_class(out, vocab, thresh):
     "Of each item the most probable class"
     probs = softmax(out)
@@ -71,22 +75,21 @@ def _numbers(out, vocab, thresh):
 
 _decoders = {'softmax': _one_class, 'sigmoid': _any_classes, 'none': _numbers}
 
-# %% ../../nbs/deploy/02_serve.ipynb #122f8c3d
+# %% ../../nbs/deploy/02_serve.ipynb #8f56a9f8
 def stacked(inputs:list):
     "The inputs of several items, stacked: one batch if all have the same shapes, else one for each item"
     shapes = {tuple(map(np.shape, item)) for item in inputs}
     groups = [inputs] if len(shapes)==1 else [[item] for item in inputs]
     for group in groups: yield [np.stack(values) for values in zip(*group)]
 
-# %% ../../nbs/deploy/02_serve.ipynb #9025721b
+# %% ../../nbs/deploy/02_serve.ipynb #8109f45a
 def _misfit(inputs, specs, error):
     given = ', '.join(f"{spec['name']} of shape {np.shape(x)}" for spec,x in zip(specs, inputs))
     expected = ', '.join(str(spec['shape']) for spec in specs)
-    return f"The model does not take this batch: {given}. Expected: {expected} (null: any size). It said: {str(error).splitlines()[0]}"
+    return (f"The model does not take this batch: {given}. Expected: {expected} (null: any size). "
+            f"It said: {str(error).splitlines()[0]}")
 
-def _as_array(x): return np.asarray(x.detach().cpu() if hasattr(x, 'detach') else x)
-
-# %% ../../nbs/deploy/02_serve.ipynb #71415ac1
+# %% ../../nbs/deploy/02_serve.ipynb #56e62f3a
 class Deployed:
     "A deployed model. (The file of the backend 'eager' is a pickle: load only what you deployed yourself)"
     def __init__(self,
@@ -104,28 +107,16 @@ class Deployed:
         "The model's outputs (arrays) for a batch of its inputs (arrays)"
         specs = self.card['inputs']
         names = [spec['name'] for spec in specs]
-        if len(inputs)!=len(names): raise DeployError(f"Expected {len(names)} inputs ({', '.join(names)}), got {len(inputs)}")
+        if len(inputs)!=len(names):
+            raise DeployError(f"Expected {len(names)} inputs ({', '.join(names)}), got {len(inputs)}")
         try:
             arrays = [np.ascontiguousarray(x, dtype=spec['dtype']) for spec,x in zip(specs, inputs)]
             return self.run(dict(zip(names, arrays)))
         except Exception as e: raise DeployError(_misfit(inputs, specs, e)) from e
 
-    def image_inputs(self, item) -> tuple:
-        "The model's input for an image, step by step"
-        spec = self.card['input']
-        x = open_image(item, spec['mode'])
-        for args in spec['steps']:
-            args = dict(args)
-            x = steps[args.pop('op')](x, **args)
-        return (x,)
-
     def inputs(self, item) -> tuple:
         "The model's inputs for one item, without the dimension of the batch"
-        kind = self.card['input']['kind']
-        ready = isinstance(item, np.ndarray) and item.dtype==np.float32
-        if kind=='table': return row_inputs(item, self.card['input'])
-        if kind=='image' and not ready: return self.image_inputs(item)
-        return tuple(map(_as_array, item if isinstance(item, tuple) else (item,)))
+        return item_inputs(item, self.card['input'])
 
     def decode(self, out:np.ndarray) -> list:
         "`Prediction`s for the model's (first) output, one per item"
@@ -136,7 +127,8 @@ class Deployed:
         items,       # An item, or a list of items or a data frame
         bs:int=64    # Items in a batch, at most
     ):               # A `Prediction`, or a list of them
-        "What `learn.predict` says. Images: paths, bytes, Pillow images, arrays of uint8; rows: dicts or `Series`; else (and float32 arrays) the model's own inputs"
+        """What `learn.predict` says. Images: paths, bytes, Pillow images, arrays of uint8; rows: dicts or `Series`;
+        else (and float32 arrays) the model's own inputs"""
         if hasattr(items, 'iterrows'): items = [row for _,row in items.iterrows()]
         if not isinstance(items, list): return self.predict([items])[0]
         res = []

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['steps_of', 'table_spec', 'input_spec', 'output_spec']
 
-# %% ../../nbs/deploy/03_spec.ipynb #90db54dc
+# %% ../../nbs/deploy/03_spec.ipynb #7ded0d47
 import math, torch
 from functools import singledispatch
 from torch import Tensor
@@ -16,7 +16,7 @@ from fastai.vision.augment import (AffineCoordTfm, LightingTfm, RandomResizedCro
 from fastai.vision.core import PILBase
 from ..errors import *
 
-# %% ../../nbs/deploy/03_spec.ipynb #578d81a4
+# %% ../../nbs/deploy/03_spec.ipynb #5ae1cae6
 def _size(size): return [int(size)]*2 if isinstance(size, int) else [int(n) for n in size]
 def _floats(values): return [float(v) for v in torch.as_tensor(values).flatten()]
 
@@ -37,7 +37,7 @@ def _to_array(tfm): return [dict(op='to_array', div=float(tfm.div))]
 @steps_of.register(Normalize)
 def _normalize(tfm): return [dict(op='normalize', mean=_floats(tfm.mean), std=_floats(tfm.std))]
 
-# %% ../../nbs/deploy/03_spec.ipynb #84ab7289
+# %% ../../nbs/deploy/03_spec.ipynb #81baed64
 @steps_of.register(Resize)
 def _resize(tfm):
     return [dict(op='resize', size=_size(tfm.size), method=str(tfm.method),
@@ -51,7 +51,7 @@ def _random_crop(tfm):
     crop = dict(op='center_crop', size=_size(tfm.size))
     return [squish, crop] if extra else [squish]
 
-# %% ../../nbs/deploy/03_spec.ipynb #08b56ad5
+# %% ../../nbs/deploy/03_spec.ipynb #aa67b14a
 @steps_of.register(RandTransform)
 def _random(tfm):
     if tfm.split_idx==0: return [] # of the training set alone
@@ -70,7 +70,7 @@ def _random_crop_gpu(tfm):
     box = [_floats(tfm.ratio), tfm.valid_scale]
     return [dict(op='resize_array', size=_size(tfm.size), box=box, corners=True)]
 
-# %% ../../nbs/deploy/03_spec.ipynb #31ceb6f4
+# %% ../../nbs/deploy/03_spec.ipynb #4fe33443
 _known_procs = {'FillMissing','Categorify','Normalize','Categorize','RegressionSetup'}
 
 def _filled(procs):
@@ -82,9 +82,11 @@ def _category_spec(name, procs):
     "A categorical column: its codes, and where it says that another is missing, which ('of')"
     fill,categorify = procs.get('FillMissing'),procs.get('Categorify')
     classes = categorify.classes[name] if categorify else []
-    spec = dict(name=str(name), codes={str(c): i for i,c in enumerate(classes) if i})
+    codes = {str(c): i for i,c in enumerate(classes) if i} # (0 is '#na#')
+    spec = dict(name=str(name), codes=codes)
     added = fill and fill.add_col and name.endswith('_na') and name[:-3] in _filled(procs)
-    return spec | {'of': name[:-3]} if added else spec
+    if added: spec['of'] = name[:-3]
+    return spec
 
 def _number_spec(name, procs):
     "A column of numbers: what fills it, its mean and its standard deviation"
@@ -92,32 +94,37 @@ def _number_spec(name, procs):
     mean,std = (float(norm.means[name]),float(norm.stds[name])) if norm else (0.,1.)
     return dict(name=str(name), fill=_filled(procs).get(name), mean=mean, std=std)
 
+# %% ../../nbs/deploy/03_spec.ipynb #bee8a7b7
 def table_spec(dls) -> dict:
     "What the procs of a `TabularDataLoaders` do to a row; `DeployError` names one that is not known"
     table = dls.train_ds
     procs = {type(proc).__name__: proc for proc in table.procs.fs}
     unknown = [name for name in procs if name not in _known_procs]
     if unknown: raise DeployError(f"`{unknown[0]}` in the Learner's procs")
-    return dict(kind='table', cats=[_category_spec(name, procs) for name in table.cat_names],
-                conts=[_number_spec(name, procs) for name in table.cont_names])
+    cats = [_category_spec(name, procs) for name in table.cat_names]
+    conts = [_number_spec(name, procs) for name in table.cont_names]
+    return dict(kind='table', cats=cats, conts=conts)
 
-# %% ../../nbs/deploy/03_spec.ipynb #49f7d40a
+# %% ../../nbs/deploy/03_spec.ipynb #90f0f12d
 def _input_spec(dls):
     if hasattr(dls.train_ds, 'cont_names'): return table_spec(dls)
     item = dls.valid_ds[0][0]
-    if not isinstance(item, PILBase) or getattr(dls, 'n_inp', 1)>1: raise DeployError(f"what the Learner does to a {type(item).__name__}")
+    one_image = isinstance(item, PILBase) and getattr(dls, 'n_inp', 1)==1
+    if not one_image: raise DeployError(f"what the Learner does to a {type(item).__name__}")
     steps = []
     for tfm in [*dls.valid.after_item.fs, *dls.valid.after_batch.fs]: steps += steps_of(tfm)
-    return dict(kind='image', mode=type(item)._open_args.get('mode') or 'RGB', steps=steps)
+    mode = type(item)._open_args.get('mode') or 'RGB'
+    return dict(kind='image', mode=mode, steps=steps)
 
 def input_spec(learn:Learner):
     "How an item becomes the model's input, as in a card, and a note where that could not be carried over"
     try: return _input_spec(learn.dls), None
     except DeployError as e: why = f"{e} is not known to `serve`."
-    except Exception as e: why = f"the Learner's transforms could not be read ({type(e).__name__}: {e})."
+    except Exception as e:
+        why = f"the Learner's transforms could not be read ({type(e).__name__}: {e})."
     return dict(kind='array'), f"`predict` takes the model's own inputs, as arrays: {why}"
 
-# %% ../../nbs/deploy/03_spec.ipynb #585d3c52
+# %% ../../nbs/deploy/03_spec.ipynb #473efacf
 _kinds = {'softmax': lambda out: out.softmax(1), 'sigmoid': torch.sigmoid}
 
 def _kind(out, activation):
