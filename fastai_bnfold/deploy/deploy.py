@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_target', 'all_or_nothing', 'make_card']
 
-# %% ../../nbs/deploy/07_deploy.ipynb #08cb9141
+# %% ../../nbs/deploy/07_deploy.ipynb #a62e5ace
 import json, os, shutil, tempfile, torch, warnings
 from contextlib import contextmanager
 from copy import deepcopy
@@ -25,7 +25,7 @@ from .parity import *
 from .serve import *
 from .spec import *
 
-# %% ../../nbs/deploy/07_deploy.ipynb #cd7aa925
+# %% ../../nbs/deploy/07_deploy.ipynb #a3ea440f
 def check_target(path:Path, backend:str):
     "Raise `DeployError` if the backend is unknown, or there is something else than a deployment at `path`"
     if backend not in backends:
@@ -36,7 +36,7 @@ def check_target(path:Path, backend:str):
         raise DeployError(f"'{path}' exists and is no deployment. Give the path of a new folder, "
                           "or of an earlier deployment, which will be replaced.")
 
-# %% ../../nbs/deploy/07_deploy.ipynb #a838d79a
+# %% ../../nbs/deploy/07_deploy.ipynb #29ebb41d
 def _put(tmp, path):
     "Rename the finished folder to its name, which an earlier one may have"
     os.chmod(tmp, 0o755)
@@ -60,7 +60,7 @@ def all_or_nothing(path:Path):
         _put(tmp, path)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../../nbs/deploy/07_deploy.ipynb #b4b35bae
+# %% ../../nbs/deploy/07_deploy.ipynb #7d61ace0
 def _check_space(model, tmp, parent):
     "Three times the parameters: exporters write files of their own"
     need = 3*sum(p.numel()*p.element_size() for p in model.parameters())
@@ -69,7 +69,7 @@ def _check_space(model, tmp, parent):
     raise DeployError(f"The disk of '{parent}' is full: "
                       f"about {need/1e6:.0f} MB are needed, {free/1e6:.0f} MB are free.")
 
-# %% ../../nbs/deploy/07_deploy.ipynb #f94de8e7
+# %% ../../nbs/deploy/07_deploy.ipynb #8690e0be
 @contextmanager
 def _in_words(path, backend):
     "What goes wrong underneath, as a `DeployError`"
@@ -82,7 +82,7 @@ def _in_words(path, backend):
         others = ', '.join(name for name in backends if name!=backend)
         raise DeployError(f"Backend '{backend}' cannot deploy this model ({why}). Others: {others}.") from e
 
-# %% ../../nbs/deploy/07_deploy.ipynb #04720229
+# %% ../../nbs/deploy/07_deploy.ipynb #67cc76cd
 def _versions(backend):
     "Package → version, of those that had a hand in it"
     res,used = {},backends[backend]
@@ -105,7 +105,7 @@ def _input_facts(exported, args):
 def _write_card(card, folder):
     (folder/'card.json').write_text(json.dumps(card, indent=1), encoding='utf-8')
 
-# %% ../../nbs/deploy/07_deploy.ipynb #11aa64e4
+# %% ../../nbs/deploy/07_deploy.ipynb #6591aaea
 def make_card(
     name:str,          # Of the deployment
     backend:str,       # Of its file
@@ -120,7 +120,7 @@ def make_card(
                 files={file.name: sha256(file) for file in files}, inputs=_input_facts(exported, args),
                 fold=_fold_facts(exported.report))
 
-# %% ../../nbs/deploy/07_deploy.ipynb #3e6aa843
+# %% ../../nbs/deploy/07_deploy.ipynb #86579eff
 def _add_parity(card, learn, model, exported, args, n_check, tol, max_changed):
     "What the outputs mean, and how far the engine's are from the model's; `DeployError` if too far"
     with evaluating(model): card['output'] = output_spec(learn, model(*fresh(args)))
@@ -147,7 +147,7 @@ def _add_input(card, learn, folder):
     deployed.card = card
     return deployed
 
-# %% ../../nbs/deploy/07_deploy.ipynb #a1b746ce
+# %% ../../nbs/deploy/07_deploy.ipynb #e979089c
 def _copy(model):
     try: return deepcopy(model).cpu().float().eval()
     except Exception as e: raise DeployError(f"The model cannot be copied ({type(e).__name__}: {e})") from e
