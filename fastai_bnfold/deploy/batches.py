@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['example_batch', 'valid_batches', 'other_sizes']
 
-# %% ../../nbs/deploy/04_batches.ipynb #f0ea13f3
+# %% ../../nbs/deploy/04_batches.ipynb #81ebff0d
 import torch
 from fastai.learner import Learner
 from torch.nn.functional import interpolate
@@ -13,7 +13,7 @@ from ..errors import *
 from ..trace import *
 from ..learner import _first, _has_valid, _learner_batch
 
-# %% ../../nbs/deploy/04_batches.ipynb #96f0471c
+# %% ../../nbs/deploy/04_batches.ipynb #e70d109a
 def example_batch(learn:Learner) -> tuple:
     "The model's inputs for two items, on the CPU; `NoDataError` without a validation set"
     if not _has_valid(learn):
@@ -24,7 +24,7 @@ def example_batch(learn:Learner) -> tuple:
     if len(args[0])<2: args = map_tensors(lambda o: torch.cat([o,o]), args)
     return args
 
-# %% ../../nbs/deploy/04_batches.ipynb #acbc4484
+# %% ../../nbs/deploy/04_batches.ipynb #6f22597d
 def valid_batches(
     learn:Learner,
     n:int           # Items
@@ -38,7 +38,7 @@ def valid_batches(
         left -= len(args[0])
         if left<=0: return
 
-# %% ../../nbs/deploy/04_batches.ipynb #bec051f5
+# %% ../../nbs/deploy/04_batches.ipynb #1c58ff68
 def _larger(images, shape):
     "Images 32 pixels larger where `shape` has no size for them"
     free = len(shape)==4 and None in shape[2:]

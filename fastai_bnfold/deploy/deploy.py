@@ -5,19 +5,17 @@
 # %% auto #0
 __all__ = ['check_target', 'all_or_nothing', 'make_card']
 
-# %% ../../nbs/deploy/07_deploy.ipynb #a62e5ace
-import json, os, shutil, tempfile, torch, warnings
+# %% ../../nbs/deploy/07_deploy.ipynb #d1e5ba35
+import json, os, shutil, tempfile, warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from datetime import datetime, timezone
 from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
-from torch import nn, Tensor
 from fastai.learner import Learner
 from fastcore.basics import patch
 from ..errors import *
 from ..trace import *
-from ..report import *
 from .engines import *
 from .batches import *
 from .export import *
@@ -25,7 +23,7 @@ from .parity import *
 from .serve import *
 from .spec import *
 
-# %% ../../nbs/deploy/07_deploy.ipynb #a3ea440f
+# %% ../../nbs/deploy/07_deploy.ipynb #111d3dc7
 def check_target(path:Path, backend:str):
     "Raise `DeployError` if the backend is unknown, or there is something else than a deployment at `path`"
     if backend not in backends:
@@ -36,7 +34,7 @@ def check_target(path:Path, backend:str):
         raise DeployError(f"'{path}' exists and is no deployment. Give the path of a new folder, "
                           "or of an earlier deployment, which will be replaced.")
 
-# %% ../../nbs/deploy/07_deploy.ipynb #29ebb41d
+# %% ../../nbs/deploy/07_deploy.ipynb #c046f087
 def _put(tmp, path):
     "Rename the finished folder to its name, which an earlier one may have"
     os.chmod(tmp, 0o755)
@@ -60,7 +58,7 @@ def all_or_nothing(path:Path):
         _put(tmp, path)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../../nbs/deploy/07_deploy.ipynb #7d61ace0
+# %% ../../nbs/deploy/07_deploy.ipynb #3ba1ff46
 def _check_space(model, tmp, parent):
     "Three times the parameters: exporters write files of their own"
     need = 3*sum(p.numel()*p.element_size() for p in model.parameters())
@@ -69,7 +67,7 @@ def _check_space(model, tmp, parent):
     raise DeployError(f"The disk of '{parent}' is full: "
                       f"about {need/1e6:.0f} MB are needed, {free/1e6:.0f} MB are free.")
 
-# %% ../../nbs/deploy/07_deploy.ipynb #8690e0be
+# %% ../../nbs/deploy/07_deploy.ipynb #0e686b60
 @contextmanager
 def _in_words(path, backend):
     "What goes wrong underneath, as a `DeployError`"
@@ -82,7 +80,7 @@ def _in_words(path, backend):
         others = ', '.join(name for name in backends if name!=backend)
         raise DeployError(f"Backend '{backend}' cannot deploy this model ({why}). Others: {others}.") from e
 
-# %% ../../nbs/deploy/07_deploy.ipynb #67cc76cd
+# %% ../../nbs/deploy/07_deploy.ipynb #a638c8e6
 def _versions(backend):
     "Package → version, of those that had a hand in it"
     res,used = {},backends[backend]
@@ -105,7 +103,7 @@ def _input_facts(exported, args):
 def _write_card(card, folder):
     (folder/'card.json').write_text(json.dumps(card, indent=1), encoding='utf-8')
 
-# %% ../../nbs/deploy/07_deploy.ipynb #6591aaea
+# %% ../../nbs/deploy/07_deploy.ipynb #ef7df35d
 def make_card(
     name:str,          # Of the deployment
     backend:str,       # Of its file
@@ -120,7 +118,7 @@ def make_card(
                 files={file.name: sha256(file) for file in files}, inputs=_input_facts(exported, args),
                 fold=_fold_facts(exported.report))
 
-# %% ../../nbs/deploy/07_deploy.ipynb #86579eff
+# %% ../../nbs/deploy/07_deploy.ipynb #ff5c4146
 def _add_parity(card, learn, model, exported, args, n_check, tol, max_changed):
     "What the outputs mean, and how far the engine's are from the model's; `DeployError` if too far"
     with evaluating(model): card['output'] = output_spec(learn, model(*fresh(args)))
@@ -147,7 +145,7 @@ def _add_input(card, learn, folder):
     deployed.card = card
     return deployed
 
-# %% ../../nbs/deploy/07_deploy.ipynb #e979089c
+# %% ../../nbs/deploy/07_deploy.ipynb #94e7270a
 def _copy(model):
     try: return deepcopy(model).cpu().float().eval()
     except Exception as e: raise DeployError(f"The model cannot be copied ({type(e).__name__}: {e})") from e

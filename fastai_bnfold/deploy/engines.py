@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['backends', 'Backend', 'engine', 'load_onnx', 'load_openvino', 'on_arrays', 'load_torch', 'load_eager', 'load_engine']
 
-# %% ../../nbs/deploy/00_engines.ipynb #cdb86e1e
+# %% ../../nbs/deploy/00_engines.ipynb #70d69f9e
 import numpy as np
 from ..errors import *
 
-# %% ../../nbs/deploy/00_engines.ipynb #8533b37d
+# %% ../../nbs/deploy/00_engines.ipynb #6ebac504
 class Backend:
     "A format of model files: `load` reads one; called with a model and a folder, it writes one"
     def __init__(self,
-        name:str,     # What `learn.deploy(path, backend=...)` calls it
-        load,         # From a file and the number of threads to the function of `load_engine`
-        packages:tuple=() # What `pip` has to install for it
+        name:str,          # What `learn.deploy(path, backend=...)` calls it
+        load,              # From a file and the number of threads to the function of `load_engine`
+        packages:tuple=()  # What `pip` has to install for it
     ):
         self.name,self.load,self.packages = name,load,packages
         self.write,self.write_packages,self.options = None,(),{} # from `deploy.export.writer`
@@ -28,7 +28,7 @@ class Backend:
 
     def __repr__(self): return f"Backend('{self.name}', needs {', '.join(self.packages)})"
 
-# %% ../../nbs/deploy/00_engines.ipynb #351039aa
+# %% ../../nbs/deploy/00_engines.ipynb #fe246459
 backends = {}  # name → `Backend`
 
 def engine(name:str, *packages):
@@ -38,7 +38,7 @@ def engine(name:str, *packages):
         return load
     return deco
 
-# %% ../../nbs/deploy/00_engines.ipynb #d93716e6
+# %% ../../nbs/deploy/00_engines.ipynb #6bfab424
 @engine('onnx', 'onnxruntime')
 def load_onnx(file, threads):
     "ONNX Runtime, on the GPU where it can"
@@ -53,7 +53,7 @@ def load_onnx(file, threads):
     def run(inputs): return session.run(None, {k:v for k,v in inputs.items() if k in names})
     return run
 
-# %% ../../nbs/deploy/00_engines.ipynb #b7c5030d
+# %% ../../nbs/deploy/00_engines.ipynb #1e6c54c8
 @engine('openvino', 'openvino')
 def load_openvino(file, threads):
     "OpenVINO, on the CPU, in float32"
@@ -69,7 +69,7 @@ def load_openvino(file, threads):
         return [np.array(outs[port]) for port in model.outputs]
     return run
 
-# %% ../../nbs/deploy/00_engines.ipynb #bf99ee0f
+# %% ../../nbs/deploy/00_engines.ipynb #91ed94e9
 def _as_list(out):
     if isinstance(out, dict): return list(out.values())
     return out if isinstance(out, (tuple,list)) else [out]
@@ -84,7 +84,7 @@ def on_arrays(model, threads:int=None):
         return [out.numpy() for out in outs]
     return run
 
-# %% ../../nbs/deploy/00_engines.ipynb #9b296f8e
+# %% ../../nbs/deploy/00_engines.ipynb #55c19e5b
 @engine('torch', 'torch')
 def load_torch(file, threads):
     "An AOTInductor package"
@@ -98,7 +98,7 @@ def load_eager(file, threads):
     model = torch.load(file, weights_only=False, map_location='cpu')
     return on_arrays(model.eval(), threads)
 
-# %% ../../nbs/deploy/00_engines.ipynb #a3a88bd7
+# %% ../../nbs/deploy/00_engines.ipynb #12f2a1ea
 def load_engine(
     backend:str,      # A name in `backends`
     file,             # The model's file

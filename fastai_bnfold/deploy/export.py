@@ -6,10 +6,10 @@
 __all__ = ['Exported', 'first_line', 'export_model', 'free_shapes', 'writer', 'write_onnx', 'write_openvino', 'write_torch',
            'write_eager', 'input_names', 'export_checked']
 
-# %% ../../nbs/deploy/06_export.ipynb #a88b5a60
+# %% ../../nbs/deploy/06_export.ipynb #d417b834
 import inspect, shutil, torch, warnings
 from collections import namedtuple
-from torch import nn, Tensor
+from torch import nn
 from torch.export import Dim
 from ..errors import *
 from ..trace import *
@@ -19,7 +19,7 @@ from .engines import *
 from .batches import *
 from .parity import *
 
-# %% ../../nbs/deploy/06_export.ipynb #f07fa90d
+# %% ../../nbs/deploy/06_export.ipynb #f992d00b
 def first_line(error) -> str:
     "What an error says, without the pages after it"
     said = str(error).strip()
@@ -47,7 +47,7 @@ def export_model(
                 f"({type(e).__name__}: {first_line(e)}). "
                 "`backend='eager'` needs no export; or make the model's `forward` exportable.") from e
 
-# %% ../../nbs/deploy/06_export.ipynb #b1d85fcc
+# %% ../../nbs/deploy/06_export.ipynb #31322a8f
 def _user_inputs(ep):
     "The graph's nodes that are the model's inputs (parameters are placeholders, too)"
     names = ep.graph_signature.user_inputs
@@ -58,7 +58,7 @@ def free_shapes(ep) -> list:
     def size(n): return None if isinstance(n, torch.SymInt) else int(n)
     return [list(map(size, node.meta['val'].shape)) for node in _user_inputs(ep)]
 
-# %% ../../nbs/deploy/06_export.ipynb #b483a572
+# %% ../../nbs/deploy/06_export.ipynb #59ae61eb
 def writer(name:str, *packages, **options):
     "Register the function that writes a backend's file, with the packages and the `BNFolder`'s options for it"
     def deco(write):
@@ -89,7 +89,7 @@ def write_openvino(ep, to):
     ov.save_model(ov.convert_model(ep), str(to/'model.xml'), compress_to_fp16=False)
     return 'model.xml'
 
-# %% ../../nbs/deploy/06_export.ipynb #ba4f94cf
+# %% ../../nbs/deploy/06_export.ipynb #6823a5ae
 @writer('torch')
 def write_torch(ep, to):
     "An AOTInductor package: compiled code, from the exported program"
@@ -106,14 +106,14 @@ def write_eager(model, to):
     torch.save(model, to/'model.pt')
     return 'model.pt'
 
-# %% ../../nbs/deploy/06_export.ipynb #4e15c7a5
+# %% ../../nbs/deploy/06_export.ipynb #94c732e6
 def input_names(model:nn.Module, n:int) -> list:
     "Names of the `n` inputs: those of the arguments of `forward`"
     params = inspect.signature(model.forward).parameters.values()
     names = [p.name for p in params if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return names[:n] if len(names)>=n else [f'x{i}' for i in range(n)]
 
-# %% ../../nbs/deploy/06_export.ipynb #ffdcf7ba
+# %% ../../nbs/deploy/06_export.ipynb #1988ed81
 Exported = namedtuple('Exported', 'file report shapes names run')
 Exported.__doc__ = """A model that was written: its file, the `FoldReport`, shapes and names of the inputs,
 and the engine (a function from arrays to a list of arrays)"""
@@ -133,19 +133,19 @@ def _write(model, args, backend, to, sizes):
     ep = folder.fold_graph(export_model(model, args, sizes))
     return write(ep, to), folder.report, free_shapes(ep)
 
-# %% ../../nbs/deploy/06_export.ipynb #78669d59
+# %% ../../nbs/deploy/06_export.ipynb #a1f49aae
 def _export(model, args, backend, to, sizes, tol):
     "Write the model, load it, and run it on other sizes"
     file,report,shapes = _write(model, args, backend, to, sizes)
     run,names = load_engine(backend, to/file),input_names(model, len(args))
-    def engine(*arrays): return run(dict(zip(names, arrays)))
+    def call(*arrays): return run(dict(zip(names, arrays)))
     free = sizes and None in shapes[0][2:]
     for batch in (args, *other_sizes(args, shapes)):
-        err = max_err(outputs(model, batch), on_tensors(engine, batch))
+        err = max_err(outputs(model, batch), on_tensors(call, batch))
         if free and err>tol: raise DeployError('another size gives other outputs')
-    return Exported(file, report, shapes, names, engine)
+    return Exported(file, report, shapes, names, call)
 
-# %% ../../nbs/deploy/06_export.ipynb #a2a7369e
+# %% ../../nbs/deploy/06_export.ipynb #ced79b66
 def _clear(folder):
     for f in folder.iterdir(): f.unlink() if f.is_file() else shutil.rmtree(f)
 

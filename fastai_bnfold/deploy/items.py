@@ -6,13 +6,13 @@
 __all__ = ['steps', 'step', 'resize', 'center_crop', 'to_array', 'normalize', 'resize_array', 'open_image', 'row_inputs',
            'image_input', 'item_inputs']
 
-# %% ../../nbs/deploy/01_items.ipynb #e6befb83
+# %% ../../nbs/deploy/01_items.ipynb #63db4444
 import io, math
 from pathlib import Path
 import numpy as np
 from ..errors import *
 
-# %% ../../nbs/deploy/01_items.ipynb #e46f59d8
+# %% ../../nbs/deploy/01_items.ipynb #d409ec94
 steps = {}  # name → function
 
 def step(f):
@@ -20,7 +20,7 @@ def step(f):
     steps[f.__name__] = f
     return f
 
-# %% ../../nbs/deploy/01_items.ipynb #0ffda83e
+# %% ../../nbs/deploy/01_items.ipynb #e0885ab8
 _pad_modes = {'zeros': 'constant', 'border': 'edge', 'reflection': 'reflect'} # fastai's names → NumPy's
 
 def _cut(im, size, left, top, pad_mode):
@@ -35,7 +35,7 @@ def _cut(im, size, left, top, pad_mode):
     pads += [(0,0)]*(pixels.ndim-2)
     return Image.fromarray(np.pad(pixels, pads, mode=_pad_modes[pad_mode]))
 
-# %% ../../nbs/deploy/01_items.ipynb #b42d496b
+# %% ../../nbs/deploy/01_items.ipynb #5a61ba4f
 @step
 def resize(im, size, method, pad_mode, resample):
     "The largest box in the middle ('crop'), the smallest that holds the image ('pad'), or all of it ('squish')"
@@ -46,7 +46,7 @@ def resize(im, size, method, pad_mode, resample):
     left,top = (int(.5*(n-m)) for n,m in zip(im.size, box))
     return _cut(im, box, left, top, pad_mode).resize(tuple(size), resample)
 
-# %% ../../nbs/deploy/01_items.ipynb #dd8d96f5
+# %% ../../nbs/deploy/01_items.ipynb #b0e8fc38
 @step
 def center_crop(im, size):
     "The box of `size` (width, height) in the middle"
@@ -65,7 +65,7 @@ def normalize(x, mean, std):
     "Minus `mean`, over `std`, per channel"
     return (x-np.float32(mean).reshape(-1,1,1))/np.float32(std).reshape(-1,1,1)
 
-# %% ../../nbs/deploy/01_items.ipynb #6d43516b
+# %% ../../nbs/deploy/01_items.ipynb #0e0dd084
 def _averages(n, m):
     "The matrix of averages that takes `n` pixels to `m`"
     res = np.zeros((m,n), np.float32)
@@ -85,7 +85,7 @@ def _interpolation(n, m, corners):
     res[np.arange(m),right] += where-left
     return res
 
-# %% ../../nbs/deploy/01_items.ipynb #b631e33d
+# %% ../../nbs/deploy/01_items.ipynb #ca390a6d
 def _middle(x, ratios, share):
     "`RandomResizedCropGPU`: of the box in the middle with width over height within `ratios`, a `share`"
     height,width = full = x.shape[-2:]
@@ -111,7 +111,7 @@ def resize_array(x, size, box, corners):
     height,width = x.shape[-2:]
     return _interpolation(height, size[0], corners) @ x @ _interpolation(width, size[1], corners).T
 
-# %% ../../nbs/deploy/01_items.ipynb #633c265e
+# %% ../../nbs/deploy/01_items.ipynb #221b0753
 def _from_tensor(item):
     "A tensor as an array of height × width (× channels)"
     pixels = item.detach().cpu().numpy()
@@ -130,7 +130,7 @@ def _from_array(pixels, mode):
     if pixels.shape[2:]==(1,): pixels = pixels[...,0]
     return Image.fromarray(pixels).convert(mode)
 
-# %% ../../nbs/deploy/01_items.ipynb #b6a61156
+# %% ../../nbs/deploy/01_items.ipynb #87c26ea4
 def _from_file(item, mode):
     "A path, the bytes of a file or an open file as a Pillow image"
     from PIL import Image
@@ -153,7 +153,7 @@ def open_image(item, mode:str='RGB'):
     if isinstance(item, np.ndarray): return _from_array(item, mode)
     return _from_file(item, mode)
 
-# %% ../../nbs/deploy/01_items.ipynb #535f075b
+# %% ../../nbs/deploy/01_items.ipynb #d495543c
 def _missing(v): return v is None or v!=v # (NaN)
 
 def _value(row, name, spec):
@@ -179,7 +179,7 @@ def _number(row, column, spec):
                           "and had one in every row of the training")
     return (float(value)-column['mean'])/column['std']
 
-# %% ../../nbs/deploy/01_items.ipynb #48fcc347
+# %% ../../nbs/deploy/01_items.ipynb #3fb88909
 def row_inputs(
     row,       # A dict or a `Series`
     spec:dict  # `card['input']`
@@ -189,7 +189,7 @@ def row_inputs(
     numbers = [_number(row, column, spec) for column in spec['conts']]
     return np.array(codes, np.int64), np.array(numbers, np.float32)
 
-# %% ../../nbs/deploy/01_items.ipynb #64f8201d
+# %% ../../nbs/deploy/01_items.ipynb #ce19b5f4
 def image_input(item, spec:dict):
     "An image after the steps of `spec`"
     x = open_image(item, spec['mode'])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['on_tensors', 'outputs', 'parity', 'input_err']
 
-# %% ../../nbs/deploy/05_parity.ipynb #02f3c94f
+# %% ../../nbs/deploy/05_parity.ipynb #53eb5cc4
 import math, numpy as np, torch
 from torch import nn, Tensor
 from fastai.learner import Learner
@@ -14,7 +14,7 @@ from ..trace import *
 from ..folder import *
 from .batches import *
 
-# %% ../../nbs/deploy/05_parity.ipynb #1ebb7798
+# %% ../../nbs/deploy/05_parity.ipynb #07fa79c1
 def _classes(out, output):
     "What the outputs decide for, None if they are numbers"
     if output['kind']=='softmax': return out.argmax(1)
@@ -26,7 +26,7 @@ def _n_changed(want, got, output):
     if before is None or before.shape!=after.shape: return 0
     return int((before!=after).reshape(len(before),-1).any(1).sum())
 
-# %% ../../nbs/deploy/05_parity.ipynb #6521d4e8
+# %% ../../nbs/deploy/05_parity.ipynb #5a9cc378
 def on_tensors(
     run,         # An engine: a function from arrays to a list of arrays
     args:tuple   # Tensors on the CPU
@@ -39,7 +39,7 @@ def outputs(model:nn.Module, args:tuple) -> list:
     "A model's output tensors in eval mode"
     with evaluating(model): return tensors_of(model(*fresh(args)))
 
-# %% ../../nbs/deploy/05_parity.ipynb #f718e89b
+# %% ../../nbs/deploy/05_parity.ipynb #9f721235
 def parity(
     learn:Learner,
     model:nn.Module,      # The unfolded model, on the CPU
@@ -61,7 +61,7 @@ def parity(
         n_items += size
     return dict(n_items=n_items, n_changed=n_changed, max_err=err)
 
-# %% ../../nbs/deploy/05_parity.ipynb #9aa61ad4
+# %% ../../nbs/deploy/05_parity.ipynb #e184d147
 def _raw_row(table, i):
     "Row `i` of a `Tabular` as it was before the procs"
     row = table.decode_row(table.items.iloc[i]).to_dict()

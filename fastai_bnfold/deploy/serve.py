@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Prediction', 'sha256', 'read_card', 'softmax', 'sigmoid', 'stacked', 'Deployed']
 
-# %% ../../nbs/deploy/02_serve.ipynb #d41a6d11
+# %% ../../nbs/deploy/02_serve.ipynb #b3be11eb
 import hashlib, json
 from collections import namedtuple
 from pathlib import Path
@@ -14,14 +14,14 @@ from ..errors import *
 from .engines import *
 from .items import *
 
-# %% ../../nbs/deploy/02_serve.ipynb #4e5719f8
+# %% ../../nbs/deploy/02_serve.ipynb #543475f7
 def sha256(file) -> str:
     "The checksum of a file"
     with open(file, 'rb') as f:
         if hasattr(hashlib, 'file_digest'): return hashlib.file_digest(f, 'sha256').hexdigest() # Python 3.11
         return hashlib.sha256(f.read()).hexdigest()
 
-# %% ../../nbs/deploy/02_serve.ipynb #cacfff7e
+# %% ../../nbs/deploy/02_serve.ipynb #18721011
 def _check_file(path, checksum):
     if not path.is_file():
         raise DeployError(f"'{path}' is missing: copy the whole folder of the deployment")
@@ -38,7 +38,7 @@ def read_card(path:Path) -> dict:
     for name,checksum in card['files'].items(): _check_file(path/Path(name).name, checksum)
     return card
 
-# %% ../../nbs/deploy/02_serve.ipynb #025ee47b
+# %% ../../nbs/deploy/02_serve.ipynb #364043a0
 Prediction = namedtuple('Prediction', 'label index probs')
 Prediction.__doc__ = """A prediction: what the model says in words, the index (or indices, or values) behind it,
 and the probabilities (or the raw outputs)"""
@@ -53,7 +53,7 @@ def sigmoid(x):
     e = np.exp(-np.abs(x))
     return np.where(x>=0, 1/(1+e), e/(1+e))
 
-# %% ../../nbs/deploy/02_serve.ipynb #2dc369f4
+# %% ../../nbs/deploy/02_serve.ipynb #8cc2b752
 def _one_class(out, vocab, thresh):
     "Of each item the most probable class"
     probs = softmax(out)
@@ -75,21 +75,21 @@ def _numbers(out, vocab, thresh):
 
 _decoders = {'softmax': _one_class, 'sigmoid': _any_classes, 'none': _numbers}
 
-# %% ../../nbs/deploy/02_serve.ipynb #1ec8aa79
+# %% ../../nbs/deploy/02_serve.ipynb #669c7c16
 def stacked(inputs:list):
     "The inputs of several items, stacked: one batch if all have the same shapes, else one for each item"
     shapes = {tuple(map(np.shape, item)) for item in inputs}
     groups = [inputs] if len(shapes)==1 else [[item] for item in inputs]
     for group in groups: yield [np.stack(values) for values in zip(*group)]
 
-# %% ../../nbs/deploy/02_serve.ipynb #96351c11
+# %% ../../nbs/deploy/02_serve.ipynb #b5625b41
 def _misfit(inputs, specs, error):
     given = ', '.join(f"{spec['name']} of shape {np.shape(x)}" for spec,x in zip(specs, inputs))
     expected = ', '.join(str(spec['shape']) for spec in specs)
     return (f"The model does not take this batch: {given}. Expected: {expected} (null: any size). "
             f"It said: {str(error).splitlines()[0]}")
 
-# %% ../../nbs/deploy/02_serve.ipynb #4184b508
+# %% ../../nbs/deploy/02_serve.ipynb #7bd1725d
 class Deployed:
     "A deployed model. (The file of the backend 'eager' is a pickle: load only what you deployed yourself)"
     def __init__(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['steps_of', 'table_spec', 'input_spec', 'output_spec']
 
-# %% ../../nbs/deploy/03_spec.ipynb #7a6168df
+# %% ../../nbs/deploy/03_spec.ipynb #7e394412
 import math, torch
 from functools import singledispatch
 from torch import Tensor
@@ -16,7 +16,7 @@ from fastai.vision.augment import (AffineCoordTfm, LightingTfm, RandomResizedCro
 from fastai.vision.core import PILBase
 from ..errors import *
 
-# %% ../../nbs/deploy/03_spec.ipynb #d82b725a
+# %% ../../nbs/deploy/03_spec.ipynb #67c75236
 def _size(size): return [int(size)]*2 if isinstance(size, int) else [int(n) for n in size]
 def _floats(values): return [float(v) for v in torch.as_tensor(values).flatten()]
 
@@ -37,7 +37,7 @@ def _to_array(tfm): return [dict(op='to_array', div=float(tfm.div))]
 @steps_of.register(Normalize)
 def _normalize(tfm): return [dict(op='normalize', mean=_floats(tfm.mean), std=_floats(tfm.std))]
 
-# %% ../../nbs/deploy/03_spec.ipynb #a7905420
+# %% ../../nbs/deploy/03_spec.ipynb #f360033f
 @steps_of.register(Resize)
 def _resize(tfm):
     return [dict(op='resize', size=_size(tfm.size), method=str(tfm.method),
@@ -51,7 +51,7 @@ def _random_crop(tfm):
     crop = dict(op='center_crop', size=_size(tfm.size))
     return [squish, crop] if extra else [squish]
 
-# %% ../../nbs/deploy/03_spec.ipynb #185c9d89
+# %% ../../nbs/deploy/03_spec.ipynb #efc56c10
 @steps_of.register(RandTransform)
 def _random(tfm):
     if tfm.split_idx==0: return [] # of the training set alone
@@ -70,7 +70,7 @@ def _random_crop_gpu(tfm):
     box = [_floats(tfm.ratio), tfm.valid_scale]
     return [dict(op='resize_array', size=_size(tfm.size), box=box, corners=True)]
 
-# %% ../../nbs/deploy/03_spec.ipynb #7d6ca6e3
+# %% ../../nbs/deploy/03_spec.ipynb #0189abde
 _known_procs = {'FillMissing','Categorify','Normalize','Categorize','RegressionSetup'}
 
 def _filled(procs):
@@ -94,7 +94,7 @@ def _number_spec(name, procs):
     mean,std = (float(norm.means[name]),float(norm.stds[name])) if norm else (0.,1.)
     return dict(name=str(name), fill=_filled(procs).get(name), mean=mean, std=std)
 
-# %% ../../nbs/deploy/03_spec.ipynb #7477acc7
+# %% ../../nbs/deploy/03_spec.ipynb #c23901e7
 def table_spec(dls) -> dict:
     "What the procs of a `TabularDataLoaders` do to a row; `DeployError` names one that is not known"
     table = dls.train_ds
@@ -105,7 +105,7 @@ def table_spec(dls) -> dict:
     conts = [_number_spec(name, procs) for name in table.cont_names]
     return dict(kind='table', cats=cats, conts=conts)
 
-# %% ../../nbs/deploy/03_spec.ipynb #536a4492
+# %% ../../nbs/deploy/03_spec.ipynb #f7db2e3c
 def _input_spec(dls):
     if hasattr(dls.train_ds, 'cont_names'): return table_spec(dls)
     item = dls.valid_ds[0][0]
@@ -124,7 +124,7 @@ def input_spec(learn:Learner):
         why = f"the Learner's transforms could not be read ({type(e).__name__}: {e})."
     return dict(kind='array'), f"`predict` takes the model's own inputs, as arrays: {why}"
 
-# %% ../../nbs/deploy/03_spec.ipynb #749f2f05
+# %% ../../nbs/deploy/03_spec.ipynb #ba5266bf
 _kinds = {'softmax': lambda out: out.softmax(1), 'sigmoid': torch.sigmoid}
 
 def _kind(out, activation):
