@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow.dataset, ray
 from fastcore.script import call_parse
 from ray.data.checkpoint import CheckpointConfig
-from fastai_bnfold.serve import Deployed, DeployError
+from fastai_bnfold.deploy.serve import Deployed, DeployError
 
 images = 'bmp gif jpg jpeg png tif tiff webp'.split()
 

@@ -3,8 +3,8 @@ from .errors import *
 from .fold import Affine, BNFolder, FoldPlan, FoldReport, Row
 from .learner import FoldBN
 from . import bn_stats # Learner.reestimate_bn, Learner.correct_bn, Learner.uncorrect_bn
-from . import deploy # Learner.deploy
-from .serve import Deployed
+from .deploy import deploy # Learner.deploy
+from .deploy.serve import Deployed
 from .fixed_point import FixedPointBN, FixedPointError, IntegerNet, fixed_point_bn
 
 __all__ = ['BNFolder', 'FoldBN', 'FoldReport', 'FoldPlan', 'Row', 'Affine', 'FoldError', 'StatisticsError', 'TraceError', 'VerificationError',

@@ -18,8 +18,8 @@ from .report import *
 from .folder import *
 from .latency import *
 from .graph import *
-from .serve import load_engine
-from .deploy import backends, export_model
+from .deploy.engines import backends, load_engine
+from .deploy.export import export_model
 from .experiments import exit_with, machine
 from fastcore.script import call_parse
 

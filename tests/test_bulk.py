@@ -5,7 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 ray = pytest.importorskip('ray'); psutil = pytest.importorskip('psutil')
 import pyarrow as pa, pyarrow.dataset, pyarrow.parquet
-from fastai_bnfold.serve import Deployed, sha256
+from fastai_bnfold.deploy.serve import Deployed, sha256
 
 root = Path(__file__).parent.parent
 

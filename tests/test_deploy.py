@@ -8,9 +8,10 @@ from fastai.vision.all import (CategoryBlock, DataBlock, ImageBlock, ImageDataLo
                                Resize, ResizeMethod, PadMode, CrossEntropyLossFlat, BCEWithLogitsLossFlat, aug_transforms, get_image_files, imagenet_stats, noop, ItemTransform, Contrast, Rotate, set_seed)
 from fastai.tabular.all import Categorify, FillMissing, TabularDataLoaders, tabular_learner, RegressionBlock
 from fastai_bnfold.all import *
-from fastai_bnfold import deploy as D
+from fastai_bnfold.deploy import deploy as D
 from fastai_bnfold.fold.testing import randomize_bn
-from fastai_bnfold.serve import Deployed
+from fastai_bnfold.deploy.engines import backends as registry
+from fastai_bnfold.deploy.serve import Deployed
 from conftest import snapshot, unchanged
 
 backends = ['onnx','openvino','eager','torch']
@@ -62,6 +63,7 @@ pipelines = {
     'pad zeros': (Resize(40, method=ResizeMethod.Pad, pad_mode=PadMode.Zeros), ()), 'pad border': (Resize((50,30), method=ResizeMethod.Pad, pad_mode=PadMode.Border), ()),
     'random crop': (RandomResizedCrop(32), ()), 'random crop, no edge': (RandomResizedCrop(32, val_xtra=0), ()), 'augmented': (Resize(32), aug_transforms()),
     'presized': (Resize(48), aug_transforms(size=32)), 'presized, much larger': (Resize(100), aug_transforms(size=32)), 'presized, crop': (Resize(64), aug_transforms(size=24, min_scale=.75)),
+    'gpu crop, much larger': (Resize((120,200)), [RandomResizedCropGPU((20,30))]), 'presized, not square': (Resize((160,90)), aug_transforms(size=(20,30))),
     'gpu crop': (Resize((80,40)), [RandomResizedCropGPU(32)]), 'gpu crop, a part': (Resize((40,80)), [RandomResizedCropGPU((16,32), valid_scale=.8)]), 'rotate': (Resize(32), [Rotate(p=1.), Contrast(p=1.)]),
 }
 @pytest.mark.parametrize('name', pipelines)
@@ -70,9 +72,9 @@ def test_pipelines(images, name):
     learn = learner(dls_of(images, *pipelines[name]))
     spec,note = D.input_spec(learn)
     assert note is None, note
-    class M: card = dict(input=spec); inputs = Deployed.inputs
-    M.inputs = lambda self, item: Deployed.inputs(self, item)
-    assert D._check_inputs(learn, M()) < 2e-6
+    m = Deployed.__new__(Deployed) # a card, but no files
+    m.card = dict(input=spec)
+    assert D.input_err(learn, m) < 2e-6
 
 def test_grey_images(images, tmp_path):
     from fastai.vision.all import parent_label, GrandparentSplitter
@@ -179,7 +181,7 @@ def test_an_engine_that_changes_predictions(learn, tmp_path, monkeypatch):
     def wrong(model, to):
         with torch.no_grad(): model[-1].bias += torch.tensor([5.,-5.])
         return good(model, to)
-    good = D.backends['eager']; wrong.options = {}; monkeypatch.setitem(D.backends, 'eager', wrong)
+    good = registry['eager'].write; monkeypatch.setattr(registry['eager'], 'write', wrong)
     with pytest.raises(DeployError, match=r"changes the model: \d+ of 12 predictions"): learn.deploy(tmp_path/'m', 'eager')
     assert left(tmp_path)==['m'] and (tmp_path/'m'/'card.json').read_text()==before # the earlier deployment stands
     monkeypatch.undo()
