@@ -12,10 +12,11 @@ from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 from fastai_bnfold.all import *
 from fastai_bnfold.affine import Clamp
-from fastai_bnfold.bench import bn_deleted, find_model, warm_up
-from fastai_bnfold.experiments import machine
+from fastai_bnfold.lab.models import find_model, warm_up
+from fastai_bnfold.lab.tools import bn_deleted
+from fastai_bnfold.lab.command import machine
 from fastai_bnfold.folder import swaps_for
-from fastai_bnfold.latency import latency, median, ratio
+from fastai_bnfold.timing import latency, median, ratio
 from fastai_bnfold.rules import Rebound
 from fastai_bnfold.report import text_table
 

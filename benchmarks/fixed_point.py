@@ -14,7 +14,9 @@ from fastai.vision.all import *
 from fastcore.script import call_parse
 from fastai_bnfold.all import *
 from fastai_bnfold.bn_stats import _subset
-from fastai_bnfold.experiments import get_dls, machine, train
+from fastai_bnfold.lab.command import machine
+from fastai_bnfold.lab.data import get_dls
+from fastai_bnfold.lab.training import train
 from fastai_bnfold.fixed_point import _none, _task
 from fastai_bnfold.folder import randomize_bn
 from fastai_bnfold.report import text_table

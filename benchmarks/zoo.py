@@ -19,7 +19,7 @@ from fastai_bnfold.folder import randomize_bn, max_err
 from fastai_bnfold.plan import bn_calls
 from fastai_bnfold.trace import Trace, run
 from fastai_bnfold.report import text_table
-from fastai_bnfold.bench import fasterai_fold, fx_fuse
+from fastai_bnfold.lab.tools import fasterai_fold, fx_fuse
 
 class Reused(nn.Module):
     "One convolution, called twice; a BN on one path only"

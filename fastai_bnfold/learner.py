@@ -19,8 +19,7 @@ from .affine import *
 from .trace import *
 from .report import *
 from .folder import *
-from .latency import *
-from .latency import median, ratio
+from .timing import latency, median, ratio
 
 # %% ../nbs/06_learner.ipynb #742b0382
 class _Classes(Callback):
