@@ -18,7 +18,7 @@ from .data import get_dls
 from .training import train
 
 # %% ../../nbs/lab/04_article.ipynb #36367d57
-article = {'vgg16_bn': 8448, 'resnet50': 26560} # Parameters that folding removes, in Hubens' article
+article = {'vgg16_bn': 8448, 'resnet50': 26560} # Parameters that folding removes
 
 # %% ../../nbs/lab/04_article.ipynb #28b113c7
 def fold_and_measure(
@@ -33,21 +33,20 @@ def fold_and_measure(
     rep.latency_before,rep.latency_after,rep.speedup = learn.latency_bn(x, seconds)
     return rep
 
-# %% ../../nbs/lab/04_article.ipynb #f467b843
+# %% ../../nbs/lab/04_article.ipynb #6afe488d
 def _claims(name, rep):
     "Rows of the comparison for one network: what, in the article, as measured"
-    known = name in article
-    removed = f'{article[name]:,}' if known else ''
-    metrics = rep.metrics_before.items()
+    removed,unchanged,faster = '','',''
+    if name in article: removed,unchanged,faster = f'{article[name]:,}', 'unchanged', 'faster'
     yield 'parameters before', '', f'{rep.params_before:,}'
     yield 'parameters after', '', f'{rep.params_after:,}'
     yield 'parameters removed', removed, f'{rep.params_before-rep.params_after:,}'
-    for metric,before in metrics:
+    for metric,before in rep.metrics_before.items():
         change = rep.metrics_after[metric]-before
-        yield f'{metric}, after - before', 'unchanged' if known else '', f'{change:+.1e} ({before:.6f})'
+        yield f'{metric}, after - before', unchanged, f'{change:+.1e} ({before:.6f})'
     yield 'predictions changed', '', f'{rep.n_changed:,} of {rep.n_items:,}'
     ms = f'{rep.latency_before*1e3:.1f} -> {rep.latency_after*1e3:.1f} ms'
-    yield 'one image', 'faster' if known else '', f'{ms} ({rep.speedup:.2f}x)'
+    yield 'one image', faster, f'{ms} ({rep.speedup:.2f}x)'
 
 def compare(
     reps:dict  # Network → FoldReport
@@ -59,7 +58,7 @@ def compare(
         rows += [[name if i==0 else '', *claim] for i,claim in enumerate(claims)]
     return text_table(['network','','article','measured'], rows)
 
-# %% ../../nbs/lab/04_article.ipynb #bdc7e1b8
+# %% ../../nbs/lab/04_article.ipynb #e8a403ec
 def plot_reports(
     reps:dict # Network → FoldReport
 ):            # A matplotlib figure
@@ -71,14 +70,15 @@ def plot_reports(
         row.suptitle(name)
     return fig
 
-# %% ../../nbs/lab/04_article.ipynb #fdb5603a
+# %% ../../nbs/lab/04_article.ipynb #7f924520
 def _networks(names):
     "The names, separated by commas, as a list, if torchvision knows them all"
     names = [name.strip() for name in names.split(',')]
     known = torchvision.models.list_models(torchvision.models)
     for name in names:
         if name not in known:
-            exit_with(f"unknown network '{name}': give names of torchvision classification networks, such as resnet50")
+            exit_with(f"unknown network '{name}': "
+                      "give names of torchvision classification networks, such as resnet50")
     return names
 
 def _save_results(out, reps, histories, settings):
@@ -88,20 +88,20 @@ def _save_results(out, reps, histories, settings):
     (out/'results.json').write_text(json.dumps(res, indent=1))
     plot_reports(reps).savefig(out/'results.png', dpi=120)
 
-# %% ../../nbs/lab/04_article.ipynb #019b021a
+# %% ../../nbs/lab/04_article.ipynb #7c714f1e
 @call_parse
 def reproduce(
-    data:str='digits',              # digits, imagenette, or the path of a folder or .tar/.tgz with train/ and val/
-    arch:str='vgg16_bn,resnet50',   # torchvision networks, separated by commas
-    epochs:int=5,                   # Epochs of training
-    size:int=None,                  # Width and height of the images, pixels (default: 32 for digits, else 224)
-    lr:float=5e-4,                  # Largest learning rate of the one-cycle policy
-    bs:int=64,                      # Batch size
-    bf16:bool=False,                # Train in bfloat16 on the CPU (validation and timing are in float32)
-    latency_size:int=224,           # Width and height of the image whose latency is measured, pixels
-    seconds:float=10,               # Time to spend on the latency of each network
-    weights:str=None,               # Folder of trained weights: used if there, kept there if not
-    out:str='out'                   # Folder for results.json and results.png
+    data:str='digits',            # digits, imagenette, or the path of a folder or .tar/.tgz with train/ and val/
+    arch:str='vgg16_bn,resnet50', # torchvision networks, separated by commas
+    epochs:int=5,                 # Epochs of training
+    size:int=None,                # Width and height of the images, pixels (default: 32 for digits, else 224)
+    lr:float=5e-4,                # Largest learning rate of the one-cycle policy
+    bs:int=64,                    # Batch size
+    bf16:bool=False,              # Train in bfloat16 on the CPU (validation and timing are in float32)
+    latency_size:int=224,         # Width and height of the image whose latency is measured, pixels
+    seconds:float=10,             # Time to spend on the latency of each network
+    weights:str=None,             # Folder of trained weights: used if there, kept there if not
+    out:str='out'                 # Folder for results.json and results.png
 ):
     "Train networks as the article does, fold them, validate again, and compare"
     names = _networks(arch)
@@ -116,7 +116,8 @@ def reproduce(
         rep = reps[name] = fold_and_measure(learn, latency_size, seconds)
         print(str(rep).partition('\n\n')[0]) # its first paragraph
     settings = dict(
-        data=data, size=dls.one_batch()[0].shape[-1], n_train=len(dls.train_ds), n_valid=len(dls.valid_ds),
+        data=data, size=dls.one_batch()[0].shape[-1],
+        n_train=len(dls.train_ds), n_valid=len(dls.valid_ds),
         epochs=epochs, lr=lr, bs=bs, bf16=bf16, latency_size=latency_size)
     _save_results(out, reps, histories, settings)
     print(f'\n{compare(reps)}\n\nAll figures: {out/"results.json"}; plot: {out/"results.png"}')

@@ -42,14 +42,15 @@ def _candidates(case, only, cuda):
         if not only or name in only: res['eager',name] = partial(_build_with_tool, tool, case)
     return res
 
-# %% ../../nbs/lab/07_bench.ipynb #b849edc3
+# %% ../../nbs/lab/07_bench.ipynb #de4338ef
 def _ready(build, want):
     "The function to time, and the largest error of its outputs"
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter('ignore')
         fn = build()
         out = fn()
-    got = [torch.as_tensor(o) for o in tensors_of(out) or out] # engines without PyTorch return NumPy arrays
+    outputs = tensors_of(out) or out # engines without PyTorch return NumPy arrays
+    got = [torch.as_tensor(o) for o in outputs]
     got = [g.view_as(w) if g.numel()==w.numel() else g for g,w in zip(got, want)]
     return fn, max_err(want, got)
 
@@ -59,7 +60,7 @@ def _why_not(e):
     first = (str(e).strip().splitlines() or [''])[0]
     return f'{type(e).__name__}: {first[:150]}'
 
-# %% ../../nbs/lab/07_bench.ipynb #ea3fa404
+# %% ../../nbs/lab/07_bench.ipynb #5c987708
 def _figures(row, times):
     "What the times say of one row"
     key = row['engine'],row['model']
@@ -73,7 +74,7 @@ def _figures(row, times):
     if key==('eager','folded'): compare('over_limit', key, ('eager','limit: BNs deleted'))
     return res
 
-# %% ../../nbs/lab/07_bench.ipynb #279e0aaf
+# %% ../../nbs/lab/07_bench.ipynb #06193aa1
 def bench(
     model:nn.Module,      # In eval mode, trained or warmed up
     args:tuple,           # The batch
@@ -97,7 +98,7 @@ def bench(
     for row in rows: row.update(_figures(row, times))
     return rows
 
-# %% ../../nbs/lab/07_bench.ipynb #dd1759e7
+# %% ../../nbs/lab/07_bench.ipynb #29987d49
 def bench_table(rows:list) -> str:
     "The rows as a table for a terminal"
     columns = { # key in a row → title, format
@@ -116,7 +117,7 @@ def bench_table(rows:list) -> str:
     titles = [title for title,_ in columns.values()]
     return text_table(titles, [[cell(row, key) for key in columns] for row in rows], left=2)
 
-# %% ../../nbs/lab/07_bench.ipynb #8c78f0ff
+# %% ../../nbs/lab/07_bench.ipynb #4a4a85ed
 def _plot_batch(ax, rows, batch):
     "One panel: the latencies at one batch size"
     rows = [row for row in rows if row['batch']==batch and 'latency_ms' in row]
@@ -132,27 +133,30 @@ def _plot_batch(ax, rows, batch):
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()
     ax.set(xlabel='latency, ms', title=f'batch of {batch}')
-    ax.legend(handles.values(), handles.keys())
+    ax.legend(handles.values(), handles.keys(), ncols=3, loc='upper center', bbox_to_anchor=(.5,-.1))
 
 def bench_plot(rows:list, title:str=''):
     "Latencies as bars, one panel per batch size; a matplotlib figure"
     batches = sorted({row['batch'] for row in rows})
-    fig,axs = plt.subplots(1, len(batches), figsize=(6.5*len(batches), 5), layout='constrained', squeeze=False)
+    n = len(batches)
+    fig,axs = plt.subplots(1, n, figsize=(6.5*n, 5), layout='constrained', squeeze=False)
     for ax,batch in zip(axs.flat, batches): _plot_batch(ax, rows, batch)
     fig.suptitle(title)
     return fig
 
-# %% ../../nbs/lab/07_bench.ipynb #0edd4511
+# %% ../../nbs/lab/07_bench.ipynb #da6ce3a8
 def _device(device):
     there = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
     if not device: return there[-1]
-    if device not in there: exit_with(f"device '{device}' is not there; expected {' or '.join(there)}")
+    if device not in there:
+        exit_with(f"device '{device}' is not there; expected {' or '.join(there)}")
     return device
 
 def _batch_sizes(batch):
     try: sizes = [int(b) for b in batch.split(',')]
     except ValueError: sizes = [0]
-    if min(sizes)<1: exit_with(f"--batch '{batch}': expected numbers greater than 0, separated by commas")
+    if min(sizes)<1:
+        exit_with(f"--batch '{batch}': expected numbers greater than 0, separated by commas")
     return sizes
 
 def _names(only):
@@ -160,10 +164,11 @@ def _names(only):
     names = tuple(name.strip() for name in only.split(';') if name.strip())
     known = *engines,*tools
     for name in names:
-        if name not in known: exit_with(f"unknown engine or tool '{name}'; expected some of: {'; '.join(known)}")
+        if name in known: continue
+        exit_with(f"unknown engine or tool '{name}'; expected some of: {'; '.join(known)}")
     return names
 
-# %% ../../nbs/lab/07_bench.ipynb #593c0017
+# %% ../../nbs/lab/07_bench.ipynb #b0cda3bd
 def _bench_model(name, batches, size, device, seconds, threads, only):
     "One model at all batch sizes: what it is called, and its results"
     torch.manual_seed(0)
@@ -174,7 +179,8 @@ def _bench_model(name, batches, size, device, seconds, threads, only):
     share = subnormal_share(model, batch(1))
     rows = []
     for bs in batches: rows += bench(model, batch(bs), seconds, threads, only)
-    return Path(name).stem if trained else name, dict(trained=trained, subnormal_share=share, rows=rows)
+    res = dict(trained=trained, subnormal_share=share, rows=rows)
+    return Path(name).stem if trained else name, res
 
 def _show(name, res, size, device):
     "Print one model's results"
@@ -185,17 +191,17 @@ def _show(name, res, size, device):
           f"{share:.0e} of the activations are subnormal{warning}")
     print(bench_table(res['rows']), flush=True)
 
-# %% ../../nbs/lab/07_bench.ipynb #63a89f5e
+# %% ../../nbs/lab/07_bench.ipynb #ee506f34
 @call_parse
 def bench_models(
-    models:str,             # Names of torchvision, timm or fastai models, or files of exported Learners, separated by commas
-    batch:str='1,32',       # Batch sizes, separated by commas
-    size:int=224,           # Width and height of the images, pixels
-    threads:int=None,       # Threads of the engines (default: PyTorch's setting)
-    seconds:float=60,       # Time to measure each model at each batch size, after the engines are built
-    device:str='',          # cpu or cuda (default: cuda if there is one)
-    only:str='',            # Engines and tools to measure, separated by semicolons (default: all)
-    out:str='out/bench'     # Folder for bench.json and a plot of each model
+    models:str,         # torchvision, timm or fastai models, or files of exported Learners, separated by commas
+    batch:str='1,32',   # Batch sizes, separated by commas
+    size:int=224,       # Width and height of the images, pixels
+    threads:int=None,   # Threads of the engines (default: PyTorch's setting)
+    seconds:float=60,   # Time to measure each model at each batch size, after the engines are built
+    device:str='',      # cpu or cuda (default: cuda if there is one)
+    only:str='',        # Engines and tools to measure, separated by semicolons (default: all)
+    out:str='out/bench' # Folder for bench.json and a plot of each model
 ):
     "Latency and throughput of models in every engine, unfolded and folded, beside other tools"
     device,batches,only = _device(device), _batch_sizes(batch), _names(only)
@@ -209,6 +215,6 @@ def bench_models(
         results[name] = res
         _show(name, res, size, device)
         bench_plot(res['rows'], name).savefig(out/f'{name}.png', dpi=120)
-        everything = dict(machine=machine(), size=size, device=device, seconds=seconds, models=results)
-        (out/'bench.json').write_text(json.dumps(everything, indent=1))
+        settings = dict(machine=machine(), size=size, device=device, seconds=seconds)
+        (out/'bench.json').write_text(json.dumps(settings | dict(models=results), indent=1))
     print(f'\nAll figures: {out}')

@@ -20,7 +20,8 @@ commands = {'reproduce': reproduce, 'bench': bench_models}
 def main():
     "The command `bnfold`"
     name = sys.argv[1] if len(sys.argv)>1 else ''
-    usage = f"usage: bnfold COMMAND [options]; commands: {', '.join(commands)}; `bnfold COMMAND --help` explains one"
+    usage = (f"usage: bnfold COMMAND [options]; commands: {', '.join(commands)}; "
+             "`bnfold COMMAND --help` explains one")
     if name in ('-h','--help'): return print(usage)
     if name not in commands: exit_with(usage)
     command = commands[name].__wrapped__

@@ -53,7 +53,7 @@ def _image_folder(path, name):
 
 # %% ../../nbs/lab/00_data.ipynb #ccd1131d
 def _plain_members(archive, to, most):
-    "The files and folders of an archive; an error if it has anything else, or more than `most` bytes"
+    "The files and folders of an archive; an error if it has anything else, or is too large"
     for member in archive:
         plain = member.isfile() or member.isdir()
         inside = (to/member.name).resolve().is_relative_to(to.resolve())
@@ -87,12 +87,12 @@ def _temporary_folder():
 
 def find_images(
     data:str,            # 'imagenette', or a folder or .tar/.tgz with train/ and val/
-    unpack_to:Path=None  # Where to unpack an archive; a temporary folder, gone at exit, if left out
+    unpack_to:Path=None  # For an archive; a temporary folder, gone at exit, if left out
 ) -> Path:               # Folder with train/ and val/
-    "Where the images are. 'imagenette' is what the environment variable IMAGENETTE names, else fastai's own download"
+    "Where the images are. 'imagenette' is what the environment variable IMAGENETTE names, else fastai's own"
     name = data
     if data=='imagenette': name = os.environ.get('IMAGENETTE') or data
-    if name=='imagenette': return untar_data(URLs.IMAGENETTE_160)
+    if name=='imagenette': return untar_data(URLs.IMAGENETTE_160) # a download
     path = Path(name).expanduser()
     if not path.exists():
         if path.suffix or len(path.parts)>1: raise DataError(f"there is no file or folder '{name}'")

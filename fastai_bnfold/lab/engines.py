@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['engines', 'Case', 'engine']
 
-# %% ../../nbs/lab/06_engines.ipynb #c9fc25f2
+# %% ../../nbs/lab/06_engines.ipynb #e7179bb1
 import copy, tempfile, warnings
-from functools import partial
 from pathlib import Path
 import torch
 from torch import nn
@@ -67,7 +66,7 @@ def _channels_last(case, model):
     args = [x.to(memory_format=torch.channels_last) if x.ndim==4 else x for x in case.args]
     return lambda: model(*args)
 
-# %% ../../nbs/lab/06_engines.ipynb #91d778e2
+# %% ../../nbs/lab/06_engines.ipynb #13c73bb8
 @engine('torch.jit.optimize_for_inference')
 def _jit(case, model):
     with warnings.catch_warnings():
@@ -78,7 +77,8 @@ def _jit(case, model):
 
 def _compiled(case, model, freezing=False):
     import torch._dynamo.config as dynamo, torch._inductor.config as inductor
-    # Many models share the code of a `forward`. (Not as a patch: what is compiled inside would be compiled again outside.)
+    # Many models share the code of a `forward`.
+    # (Not as a patch: what is compiled inside would be compiled again outside.)
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 10000
     # The option alone comes too late, the configuration alone finds the code that was compiled without it.
     with inductor.patch(freezing=freezing), torch.no_grad():
@@ -86,10 +86,13 @@ def _compiled(case, model, freezing=False):
         fast(*case.args)
     return lambda: fast(*case.args)
 
-engine('torch.compile')(_compiled)
-engine('torch.compile, freezing')(partial(_compiled, freezing=True))
+@engine('torch.compile')
+def _compile(case, model): return _compiled(case, model)
 
-# %% ../../nbs/lab/06_engines.ipynb #665f2c39
+@engine('torch.compile, freezing')
+def _freezing(case, model): return _compiled(case, model, freezing=True)
+
+# %% ../../nbs/lab/06_engines.ipynb #a8c1609d
 def _served(backend, case, model):
     "What `backend` makes of the exported model, run by the engine that serves it"
     export = backends[backend]
@@ -101,11 +104,16 @@ def _served(backend, case, model):
     inputs = {name: x.numpy() for name,x in zip(names, case.args)}
     return lambda: infer(inputs)
 
-engine('ONNX Runtime', cuda=False)(partial(_served, 'onnx'))
-engine('OpenVINO', cuda=False)(partial(_served, 'openvino'))
-engine('AOTInductor', cuda=False)(partial(_served, 'torch'))
+@engine('ONNX Runtime', cuda=False)
+def _onnx(case, model): return _served('onnx', case, model)
 
-# %% ../../nbs/lab/06_engines.ipynb #4c93be46
+@engine('OpenVINO', cuda=False)
+def _openvino(case, model): return _served('openvino', case, model)
+
+@engine('AOTInductor', cuda=False)
+def _aoti(case, model): return _served('torch', case, model)
+
+# %% ../../nbs/lab/06_engines.ipynb #123ed914
 @engine('CUDA graph', cuda=True)
 def _cuda_graph(case, model):
     args = [x.clone() for x in case.args]
@@ -126,5 +134,8 @@ def _half(case, model, **kw):
     args = [x.half().to(**kw) if x.is_floating_point() else x for x in case.args]
     return lambda: model(*args)
 
-engine('fp16', cuda=True)(_half)
-engine('fp16, channels_last', cuda=True)(partial(_half, memory_format=torch.channels_last))
+@engine('fp16', cuda=True)
+def _fp16(case, model): return _half(case, model)
+
+@engine('fp16, channels_last', cuda=True)
+def _fp16_channels_last(case, model): return _half(case, model, memory_format=torch.channels_last)

@@ -12,11 +12,13 @@ from torch import nn
 from ..errors import DeployError
 from ..trace import *
 
-# %% ../../nbs/lab/01_models.ipynb #e8ee2784
+# %% ../../nbs/lab/01_models.ipynb #a43711a0
 def _torchvision_model(name, num_classes):
-    if name not in torchvision.models.list_models(torchvision.models): return
-    kw = {'init_weights': True} if name in ('googlenet','inception_v3') else {} # else these two warn
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **kw)
+    models = torchvision.models
+    if name not in models.list_models(models): return
+    kw = {}
+    if name in ('googlenet','inception_v3'): kw = {'init_weights': True} # else these two warn
+    return models.get_model(name, weights=None, num_classes=num_classes, **kw)
 
 def _timm_model(name, num_classes):
     try: import timm
@@ -33,7 +35,8 @@ def _exported_model(file):
     from fastai.learner import load_learner
     try: return load_learner(file).model.eval()
     except Exception as e:
-        raise DeployError(f"'{file}' cannot be loaded as an exported Learner ({type(e).__name__}: {e})") from e
+        why = f'{type(e).__name__}: {e}'
+        raise DeployError(f"'{file}' cannot be loaded as an exported Learner ({why})") from e
 
 def find_model(name:str, num_classes:int=10):
     "`(model, is it trained?)` for a name of torchvision, timm or fastai, or the path of an exported Learner"
@@ -41,8 +44,9 @@ def find_model(name:str, num_classes:int=10):
     for library in (_torchvision_model, _timm_model, _xresnet):
         model = library(name, num_classes)
         if model is not None: return model, False
-    raise DeployError(f"Unknown model '{name}'. Expected a name of torchvision, timm (if installed) or fastai's xresnets, "
-                      "such as resnet50, or the path of an exported Learner (.pkl)")
+    raise DeployError(
+        f"Unknown model '{name}'. Expected a name of torchvision, timm (if installed) or fastai's "
+        "xresnets, such as resnet50, or the path of an exported Learner (.pkl)")
 
 # %% ../../nbs/lab/01_models.ipynb #22ec2d04
 def _table(model, bs, gen):
@@ -55,13 +59,11 @@ def example(model:nn.Module, bs:int=1, size:int=224) -> tuple:
     gen = torch.Generator().manual_seed(0)
     if hasattr(model, 'embeds') and hasattr(model, 'n_cont'): return _table(model, bs, gen)
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if conv is None:
-        raise DeployError("No example input can be made for this model: it has no 2d convolution and is no `TabularModel`")
-    channels = conv.in_channels
-    if channels==1: channels = conv.groups
-    return torch.randn(bs, channels, size, size, generator=gen),
+    if conv is None: raise DeployError(
+        "No example input can be made for this model: it has no 2d convolution and is no `TabularModel`")
+    return torch.randn(bs, conv.in_channels, size, size, generator=gen),
 
-# %% ../../nbs/lab/01_models.ipynb #1f96131e
+# %% ../../nbs/lab/01_models.ipynb #43b3e9a5
 def warm_up(
     model:nn.Module, # Changed in place
     size:int=64,     # Of random images
@@ -79,7 +81,7 @@ def warm_up(
         for bn,momentum in zip(bns, momenta): bn.momentum = momentum
     return model.eval()
 
-# %% ../../nbs/lab/01_models.ipynb #60e43f24
+# %% ../../nbs/lab/01_models.ipynb #2be752de
 def subnormal_share(model:nn.Module, args:tuple) -> float:
     "The share of subnormal numbers among all activations"
     counts = []

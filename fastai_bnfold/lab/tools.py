@@ -23,19 +23,21 @@ def _add_bias(layer):
     layer.bias = nn.Parameter(torch.zeros(len(w), device=w.device, dtype=w.dtype))
 
 def bn_deleted(model:nn.Module) -> nn.Module:
-    "The limit: a copy without BNs, wrong outputs and all; layers get the bias that a fold gives them"
+    "The limit: a copy without BNs, wrong outputs and all; layers get a bias, as from a fold"
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name,child in parent._modules.items():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm): parent._modules[name] = _bn_gone(child)
-            if isinstance(child, (nn.Conv2d,nn.Linear)) and child.bias is None: _add_bias(child)
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                parent._modules[name] = _bn_gone(child)
+            elif isinstance(child, (nn.Conv2d,nn.Linear)) and child.bias is None: _add_bias(child)
     return model
 
 # %% ../../nbs/lab/05_tools.ipynb #cb0714d7
 class NotThere(FoldError): "A tool or engine is not installed, or not of use for this model"
 
 def fasterai_fold(model:nn.Module) -> nn.Module:
-    "FasterAI's `BN_Folder`, from its own file (the package's `__init__` imports much that is not needed here)"
+    "FasterAI's `BN_Folder`"
+    # From its own file: the package's `__init__` imports much that is not needed here
     package = importlib.util.find_spec('fasterai')
     if package is None: raise NotThere('not installed: pip install --no-deps fasterai==0.4.1')
     file = Path(package.submodule_search_locations[0])/'misc'/'bn_folding.py'
