@@ -97,8 +97,8 @@ def reproduce(
     size:int=None,                # Width and height of the images, pixels (default: 32 for digits, else 224)
     lr:float=5e-4,                # Largest learning rate of the one-cycle policy
     bs:int=64,                    # Batch size
-    bf16:bool=False,              # Train in bfloat16 on the CPU (validation and timing are in float32)
-    latency_size:int=224,         # Width and height of the image whose latency is measured, pixels
+    bf16:bool=False,              # Train in bfloat16 on the CPU (validate and time in float32)
+    latency_size:int=224,         # Width and height of the image that is timed, pixels
     seconds:float=10,             # Time to spend on the latency of each network
     weights:str=None,             # Folder of trained weights: used if there, kept there if not
     out:str='out'                 # Folder for results.json and results.png

@@ -194,11 +194,11 @@ def _show(name, res, size, device):
 # %% ../../nbs/lab/07_bench.ipynb #ee506f34
 @call_parse
 def bench_models(
-    models:str,         # torchvision, timm or fastai models, or files of exported Learners, separated by commas
+    models:str,         # Models (torchvision, timm, fastai), or files of exported Learners, separated by commas
     batch:str='1,32',   # Batch sizes, separated by commas
     size:int=224,       # Width and height of the images, pixels
     threads:int=None,   # Threads of the engines (default: PyTorch's setting)
-    seconds:float=60,   # Time to measure each model at each batch size, after the engines are built
+    seconds:float=60,   # Time for each model at each batch size, once the engines are built
     device:str='',      # cpu or cuda (default: cuda if there is one)
     only:str='',        # Engines and tools to measure, separated by semicolons (default: all)
     out:str='out/bench' # Folder for bench.json and a plot of each model

@@ -101,7 +101,7 @@ def find_images(
     if not path.is_dir(): path = _unpack(path, Path(unpack_to or _temporary_folder()))
     return _image_folder(path, name)
 
-# %% ../../nbs/lab/00_data.ipynb #d2e161cf
+# %% ../../nbs/lab/00_data.ipynb #d46dec6d
 def get_dls(
     data:str='digits',   # 'digits', 'imagenette', or a folder or .tar/.tgz with train/ and val/
     size:int=None,       # Width and height, pixels; 32 for the digits and 224 for others if left out
