@@ -11,13 +11,14 @@ from torch import nn
 from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 from fastai_bnfold.all import *
-from fastai_bnfold.affine import Clamp
-from fastai_bnfold.bench import bn_deleted, find_model, warm_up
-from fastai_bnfold.experiments import machine
-from fastai_bnfold.folder import swaps_for
-from fastai_bnfold.latency import latency, median, ratio
-from fastai_bnfold.rules import Rebound
-from fastai_bnfold.report import text_table
+from fastai_bnfold.fold.affine import Clamp
+from fastai_bnfold.lab.models import find_model, warm_up
+from fastai_bnfold.lab.tools import bn_deleted
+from fastai_bnfold.lab.command import machine
+from fastai_bnfold.fold.apply import swaps_for
+from fastai_bnfold.timing import latency, median, ratio
+from fastai_bnfold.fold.state import Rebound
+from fastai_bnfold.fold.report import text_table
 
 def ops(shape, seconds, device):
     "Medians of the ops before and after, in µs"

@@ -14,13 +14,16 @@ from fastai.vision.all import *
 from fastai.tabular.all import *
 from fastcore.script import call_parse
 from fastai_bnfold.all import *
-from fastai_bnfold.bench import bench, bench_table, example, reparameterized, subnormal_share, warm_up, find_model
+from fastai_bnfold.lab.bench import bench, bench_table
+from fastai_bnfold.lab.models import example, subnormal_share, warm_up, find_model
+from fastai_bnfold.lab.tools import reparameterized
 from fastai_bnfold.deploy.engines import backends, load_engine
 from fastai_bnfold.deploy.export import export_model
-from fastai_bnfold.experiments import get_dls, machine
-from fastai_bnfold.folder import max_err
-from fastai_bnfold.latency import latency, median, ratio
-from fastai_bnfold.trace import op_name
+from fastai_bnfold.lab.command import machine
+from fastai_bnfold.lab.data import get_dls
+from fastai_bnfold.fold.verify import max_err
+from fastai_bnfold.timing import latency, median, ratio
+from fastai_bnfold.fold.ops import op_name
 
 networks = 'resnet50,vgg16_bn,mobilenet_v2,densenet121,efficientnet_b0,repvgg_a0,levit_128s'.split(',')
 learners = ['vision_learner','tabular_learner']

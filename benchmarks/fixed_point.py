@@ -14,10 +14,12 @@ from fastai.vision.all import *
 from fastcore.script import call_parse
 from fastai_bnfold.all import *
 from fastai_bnfold.bn_stats import _subset
-from fastai_bnfold.experiments import get_dls, machine, train
+from fastai_bnfold.lab.command import machine
+from fastai_bnfold.lab.data import get_dls
+from fastai_bnfold.lab.training import train
 from fastai_bnfold.fixed_point import _none, _task
-from fastai_bnfold.folder import randomize_bn
-from fastai_bnfold.report import text_table
+from fastai_bnfold.fold.testing import randomize_bn
+from fastai_bnfold.fold.report import text_table
 
 def float32_wrong(*args):
     "How many inputs float32 gets wrong, and how many there are, over all channels"

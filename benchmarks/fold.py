@@ -13,11 +13,12 @@ from torch import nn
 from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 from fastai_bnfold.all import *
-from fastai_bnfold.bench import bn_deleted, fasterai_fold, find_model, fx_fuse, warm_up
-from fastai_bnfold.experiments import machine
-from fastai_bnfold.latency import latency, median, ratio
-from fastai_bnfold.folder import max_err
-from fastai_bnfold.report import text_table
+from fastai_bnfold.lab.models import find_model, warm_up
+from fastai_bnfold.lab.tools import bn_deleted, fasterai_fold, fx_fuse
+from fastai_bnfold.lab.command import machine
+from fastai_bnfold.timing import latency, median, ratio
+from fastai_bnfold.fold.verify import max_err
+from fastai_bnfold.fold.report import text_table
 
 def bench(arch, seconds):
     torch.manual_seed(0)

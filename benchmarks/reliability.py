@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 import pytest
 from fastcore.script import call_parse
-from fastai_bnfold.experiments import machine
-from fastai_bnfold.report import text_table
+from fastai_bnfold.lab.command import machine
+from fastai_bnfold.fold.report import text_table
 
 tests = Path(__file__).parent.parent/'tests'
 sys.path.insert(0, str(tests))

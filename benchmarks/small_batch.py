@@ -13,8 +13,10 @@ from fastai.vision.all import *
 from fastcore.script import call_parse
 from fastai_bnfold.all import *
 from fastai_bnfold.bn_stats import shares
-from fastai_bnfold.experiments import AutocastCPU, find_images, machine
-from fastai_bnfold.report import text_table
+from fastai_bnfold.lab.command import machine
+from fastai_bnfold.lab.data import find_images
+from fastai_bnfold.lab.training import AutocastCPU
+from fastai_bnfold.fold.report import text_table
 
 size,epochs = 64,2
 all_runs = [(2,0),(4,0),(32,0),(8,0),(2,1),(4,1),(32,1),(2,2),(4,2)]

@@ -16,8 +16,8 @@ import copy # fastai has a `copy` of its own
 from fastcore.script import call_parse
 from fastai_bnfold.all import *
 from fastai_bnfold.bn_stats import ItemStatistics, batch_norms
-from fastai_bnfold.experiments import machine
-from fastai_bnfold.report import text_table
+from fastai_bnfold.lab.command import machine
+from fastai_bnfold.fold.report import text_table
 from small_batch import small_images, trained
 
 def normalized(m, x, group):

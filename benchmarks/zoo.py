@@ -15,11 +15,13 @@ from fastprogress.fastprogress import progress_bar
 from fastai.vision.all import create_cnn_model, xresnet18, xresnet50, resnet18, resnet34, DynamicUnet, create_body
 from fastai.tabular.all import TabularModel
 from fastai_bnfold.all import *
-from fastai_bnfold.folder import randomize_bn, max_err
-from fastai_bnfold.plan import bn_calls
-from fastai_bnfold.trace import Trace, run
-from fastai_bnfold.report import text_table
-from fastai_bnfold.bench import fasterai_fold, fx_fuse
+from fastai_bnfold.fold.testing import randomize_bn
+from fastai_bnfold.fold.verify import max_err
+from fastai_bnfold.fold.plan import bn_calls
+from fastai_bnfold.fold.program import Trace
+from fastai_bnfold.fold.inputs import run
+from fastai_bnfold.fold.report import text_table
+from fastai_bnfold.lab.tools import fasterai_fold, fx_fuse
 
 class Reused(nn.Module):
     "One convolution, called twice; a BN on one path only"

@@ -12,7 +12,7 @@ from fastai.vision.all import *
 from fastai.distributed import *
 from fastcore.script import call_parse
 from fastai_bnfold.all import *
-from fastai_bnfold.experiments import digits_dls
+from fastai_bnfold.lab.data import digits_dls
 
 gpu = torch.cuda.is_available()
 if not gpu:

@@ -10,9 +10,10 @@ import torch
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from fastai.basics import *
-from .affine import *
-from .trace import evaluating, run
-from .learner import _callbacks_kept, _learner_batch
+from .errors import *
+from .fold.affine import *
+from .fold.inputs import evaluating, run
+from .learner import callbacks_kept, learner_batch
 from fastprogress.fastprogress import progress_bar
 
 # %% ../nbs/09_bn_stats.ipynb #7ac6045c
@@ -101,7 +102,7 @@ def _quietly(learn):
     "While active, `learn.validate` computes no metrics, distributes nothing, and leaves no trace in the recorder"
     metrics,learn._metrics = learn._metrics,L()
     try:
-        with learn.removed_cbs(L(cb for cb in learn.cbs if cb.name=='distributed_trainer')), _callbacks_kept(learn): yield
+        with learn.removed_cbs(L(cb for cb in learn.cbs if cb.name=='distributed_trainer')), callbacks_kept(learn): yield
     finally: learn._metrics = metrics
 
 @contextmanager
@@ -206,7 +207,7 @@ def _correctable(learn):
         x = _input(args, kwargs)
         if x.ndim>2 and x[0,0].numel()>1: found.append(p)
     hooks = [m.register_forward_pre_hook(partial(look, p), with_kwargs=True) for p,m in batch_norms(learn.model).items()]
-    try: run(learn.model, _learner_batch(learn))
+    try: run(learn.model, learner_batch(learn))
     finally: [h.remove() for h in hooks]
     if not found: raise StatisticsError("No batch norm of this model sees more than one position per channel and item (a convolution's output has many, a linear layer's one): an item has no statistics of its own here, so there is nothing to correct.")
     return list(dict.fromkeys(found))

@@ -16,8 +16,11 @@ from torch.fx import Interpreter, Node
 from fastai.learner import Learner
 from fastai.torch_core import one_param, to_device
 from fastcore.basics import patch
-from .affine import *
-from .trace import Trace, arguments, as_args, fresh, op_of, ops
+from .errors import *
+from .fold.affine import *
+from .fold.program import program_of
+from .fold.ops import arguments, op_of, ops
+from .fold.inputs import as_args, fresh
 from .bn_stats import _n_training, _training_items
 
 # %% ../nbs/10_fixed_point.ipynb #6738d360
@@ -324,7 +327,7 @@ class IntegerNet(nn.Module):
         _check(isinstance(bits, int) and 2<=bits<=8, '`bits`', bits, 'an integer from 2 to 8')
         _check(len(batches)>0, '`batches`', 'none', 'a few inputs to find the scales with')
         self.bits,self.rounding,self.exact = bits,rounding,False
-        t = Trace(model, as_args(batches[0]))
+        t = program_of(model, as_args(batches[0]))
         self.gm,self.n_outputs = t.gm,len(t.outputs)
         self.span,self.scale,self.weights,self.bn_of,self.bns = {},{},{},{},nn.ModuleDict() # node → smallest and largest integer; scale; integer weight; BN
         group = self._find_integers(t)

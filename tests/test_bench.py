@@ -3,9 +3,11 @@ import json
 import pytest, torch
 from torch import nn
 from fastai_bnfold.all import *
-from fastai_bnfold.bench import *
-from fastai_bnfold.bench import engines, tools
-from fastai_bnfold.cli import main
+from fastai_bnfold.lab.bench import bench
+from fastai_bnfold.lab.cli import main
+from fastai_bnfold.lab.engines import engines
+from fastai_bnfold.lab.models import example, find_model, subnormal_share, warm_up
+from fastai_bnfold.lab.tools import tools
 from test_cli import bnfold
 
 def net(): return nn.Sequential(nn.Conv2d(3,8,3,bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,8,3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,4))
@@ -29,7 +31,7 @@ def test_subnormal_numbers_are_found():
 
 def test_models_of_all_kinds(tmp_path):
     from fastai.vision.all import Learner, load_learner, xresnet18
-    from fastai_bnfold.experiments import digits_dls
+    from fastai_bnfold.lab.data import digits_dls
     learn = Learner(digits_dls(16), net()); learn.export(tmp_path/'l.pkl')
     assert find_model(str(tmp_path/'l.pkl'))[1] and type(find_model('xresnet18')[0]).__name__=='XResNet' and not find_model('resnet18')[1]
     with pytest.raises(DeployError, match='Unknown model'): find_model('resnet5')

@@ -11,7 +11,7 @@ from fastai.callback.training import BnFreeze
 from torchvision.ops import FrozenBatchNorm2d
 from fastai_bnfold.all import *
 from fastai_bnfold.bn_stats import Moments, ItemStatistics, batch_norms, batch_statistics, shares, _choose
-from fastai_bnfold.experiments import AutocastCPU
+from fastai_bnfold.lab.training import AutocastCPU
 from fastai_bnfold.fold.testing import randomize_bn
 
 def items(n, seed=0, size=6, shift=1.):

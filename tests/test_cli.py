@@ -4,7 +4,7 @@ import pytest, torch
 from PIL import Image
 
 def bnfold(*args, **env):
-    return subprocess.run([sys.executable, '-c', 'from fastai_bnfold.cli import main; import sys; sys.argv[0]="bnfold"; main()', *map(str, args)],
+    return subprocess.run([sys.executable, '-c', 'from fastai_bnfold.lab.cli import main; import sys; sys.argv[0]="bnfold"; main()', *map(str, args)],
                           capture_output=True, text=True, env={**os.environ, 'MPLBACKEND':'agg', **env})
 
 def images(p, train='train'):
@@ -71,7 +71,7 @@ evil = {
 @pytest.mark.parametrize('name', evil)
 def test_an_archive_cannot_write_elsewhere(name, tmp_path):
     "Refused before anything is unpacked"
-    from fastai_bnfold.experiments import DataError, find_images
+    from fastai_bnfold.lab.data import DataError, find_images
     (to := tmp_path/'a'/'b').mkdir(parents=True)
     with tarfile.open(tmp_path/'evil.tar', 'w') as t:
         for i in evil[name]: t.addfile(i)
@@ -81,7 +81,7 @@ def test_an_archive_cannot_write_elsewhere(name, tmp_path):
 @pytest.mark.parametrize('kind', ['one file','many files','sparse'])
 def test_a_bomb_is_refused(kind, tmp_path):
     "Archives of some kB that would fill the disk"
-    from fastai_bnfold.experiments import DataError, find_images
+    from fastai_bnfold.lab.data import DataError, find_images
     class Zeros:
         def __init__(self, n): self.n = n
         def read(self, k): k = min(k, self.n); self.n -= k; return bytes(k)
@@ -102,7 +102,8 @@ def test_the_command_refuses_an_evil_archive(tmp_path):
 
 def test_weights_are_loaded_without_unpickling(tmp_path):
     "A weight file that would run code is refused by PyTorch's safe loader"
-    from fastai_bnfold.experiments import get_dls, train
+    from fastai_bnfold.lab.data import get_dls
+    from fastai_bnfold.lab.training import train
     class Evil:
         def __reduce__(self): return (open, (str(tmp_path/'ran'), 'w'))
     dls = get_dls('digits', size=32)

@@ -239,7 +239,7 @@ def test_integer_net_of_a_learner():
 def test_trained_parameters(bits):
     "A network trained on the digits: both sides of every step of every channel against decimal arithmetic; all inputs of one layer"
     from fastai.basics import Learner
-    from fastai_bnfold.experiments import digits_dls
+    from fastai_bnfold.lab.data import digits_dls
     torch.manual_seed(0)
     learn = Learner(digits_dls(size=16, bs=64), nn.Sequential(small()[:-1], nn.Linear(8,10)))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)

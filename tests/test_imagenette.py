@@ -6,7 +6,7 @@ from torchvision.models import resnet18
 from fastai.vision.all import Learner, accuracy
 import fastai.callback.all
 from fastai_bnfold.all import *
-from fastai_bnfold.experiments import get_dls
+from fastai_bnfold.lab.data import get_dls
 
 def test_fold_on_all_of_imagenette(imagenette):
     "A few steps of training, so that the statistics are real; then all 3,925 validation images, before and after"

@@ -7,7 +7,7 @@ from fastai.vision.all import (ClassificationInterpretation, CrossEntropyLossFla
                                accuracy, error_rate, load_learner)
 import fastai.callback.all # fit_one_cycle and its like
 from fastai_bnfold.all import *
-from fastai_bnfold.experiments import digits_dls
+from fastai_bnfold.lab.data import digits_dls
 from fastai_bnfold.fold.testing import randomize_bn
 
 def net(): return nn.Sequential(nn.Conv2d(3,16,3,padding=1,bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True), nn.Conv2d(16,32,3,2), nn.BatchNorm2d(32), nn.ReLU(),

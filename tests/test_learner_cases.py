@@ -7,7 +7,7 @@ from fastai.vision.all import (CrossEntropyLossFlat, CSVLogger, ChannelsLast, Da
 from fastai.callback.core import Callback
 import fastai.callback.all
 from fastai_bnfold.all import *
-from fastai_bnfold.experiments import digits_dls
+from fastai_bnfold.lab.data import digits_dls
 from fastai_bnfold.fold.testing import randomize_bn
 from conftest import snapshot, unchanged
 

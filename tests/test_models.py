@@ -7,7 +7,7 @@ from fastai.vision.all import (xresnet18, vision_learner, unet_learner, resnet18
 from fastai.tabular.all import tabular_learner, TabularDataLoaders, Categorify, FillMissing, Normalize
 from fastai_bnfold.all import *
 from fastai_bnfold.fold.testing import randomize_bn
-from fastai_bnfold.experiments import digits_dls
+from fastai_bnfold.lab.data import digits_dls
 from conftest import error64
 
 # name: (arguments, size, live BNs, folded BNs, BNs that never run)

@@ -10,17 +10,18 @@ import torch
 from fastai.learner import Learner
 from torch.nn.functional import interpolate
 from ..errors import *
-from ..trace import *
-from ..learner import _first, _has_valid, _learner_batch
+from ..fold.inputs import *
+from ..fold.ops import *
+from ..learner import first_items, has_valid, learner_batch
 
 # %% ../../nbs/deploy/04_batches.ipynb #e70d109a
 def example_batch(learn:Learner) -> tuple:
     "The model's inputs for two items, on the CPU; `NoDataError` without a validation set"
-    if not _has_valid(learn):
+    if not has_valid(learn):
         raise NoDataError("This Learner has no validation set to check a deployed model on. "
                           "Give its `DataLoaders` one.")
     # AOTInductor believes the strides of its example
-    args = map_tensors(lambda o: o.cpu().contiguous(), _learner_batch(learn))
+    args = map_tensors(lambda o: o.cpu().contiguous(), learner_batch(learn))
     if len(args[0])<2: args = map_tensors(lambda o: torch.cat([o,o]), args)
     return args
 
@@ -33,7 +34,7 @@ def valid_batches(
     left,n_inp = n,getattr(learn.dls, 'n_inp', 1)
     for batch in learn.dls.valid:
         inputs = batch[:n_inp] if isinstance(batch, (tuple,list)) else batch
-        args = _first(as_args(inputs), left)
+        args = first_items(as_args(inputs), left)
         yield args
         left -= len(args[0])
         if left<=0: return
@@ -52,4 +53,4 @@ def other_sizes(
 ) -> list:        # Batches
     "Batches of other sizes, as far as the shapes leave them free"
     one_more = map_tensors(lambda o: torch.cat([o, o[:1]]), args)
-    return [_first(args, 1), tuple(map(_larger, one_more, shapes))]
+    return [first_items(args, 1), tuple(map(_larger, one_more, shapes))]

@@ -15,7 +15,8 @@ from pathlib import Path
 from fastai.learner import Learner
 from fastcore.basics import patch
 from ..errors import *
-from ..trace import *
+from ..fold.inputs import *
+from ..fold.ops import *
 from .engines import *
 from .batches import *
 from .export import *

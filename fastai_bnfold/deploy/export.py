@@ -12,9 +12,11 @@ from collections import namedtuple
 from torch import nn
 from torch.export import Dim
 from ..errors import *
-from ..trace import *
-from ..folder import *
-from ..graph import *
+from ..fold.inputs import *
+from ..fold.ops import *
+from ..fold.folder import *
+from ..fold.verify import *
+from ..fold.graph import *
 from .engines import *
 from .batches import *
 from .parity import *

@@ -10,8 +10,10 @@ import math, numpy as np, torch
 from torch import nn, Tensor
 from fastai.learner import Learner
 from fastprogress.fastprogress import progress_bar
-from ..trace import *
-from ..folder import *
+from ..fold.inputs import *
+from ..fold.ops import *
+from ..fold.folder import *
+from ..fold.verify import *
 from .batches import *
 
 # %% ../../nbs/deploy/05_parity.ipynb #07fa79c1
