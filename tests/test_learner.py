@@ -33,7 +33,7 @@ def test_fold_and_report(learn):
     text = str(rep)
     for word in ('parameters','buffers','latency','valid_loss','accuracy','0 of 360 predictions changed','backward into 0','forward into 10'): assert word in text
     html = rep._repr_html_(); assert '<table>' in html and 'accuracy' in html
-    assert list(rep.to_df().columns)==['bn','folded','how','into','acts','reason','possible','live','is_bn'] and len(rep.to_df())==3
+    assert list(rep.to_df().columns)==['bn','folded','how','into','acts','reason','possible','live','is_bn','kind','in_graph','calls'] and len(rep.to_df())==3
     rep.plot(); plt.close('all')
     json.dumps(rep.to_dict())
 

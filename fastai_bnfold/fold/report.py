@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Row', 'text_table', 'html_table', 'FoldTable', 'FoldReport']
 
-# %% ../../nbs/fold/07_report.ipynb #d0527da2
+# %% ../../nbs/fold/07_report.ipynb #7bcef76a
 from dataclasses import dataclass, field, asdict
 from html import escape
 
-# %% ../../nbs/fold/07_report.ipynb #4b65d39d
+# %% ../../nbs/fold/07_report.ipynb #fed953ae
 @dataclass
 class Row:
     "What becomes of a batch norm"
@@ -19,11 +19,11 @@ class Row:
     into:list=field(default_factory=list)# Module paths of the layers that absorbed it
     acts:list=field(default_factory=list)# Module paths of the activations that became a `Clamp` with bounds per channel
     reason:str=''                        # For a kept one: why
-    kind:str=''                          # For a kept one: the kind of cause, for `to_df().groupby('kind')`
     possible:bool=False                  # For a kept one: could it be folded, at a cost?
-    in_graph:bool=False                  # For a kept one: would `fold_graph` fold it?
     live:bool=True                       # Did it run, on the example batch, in eval mode?
     is_bn:bool=True                      # False for another constant per-channel map, such as a LayerScale
+    kind:str=''                          # For a kept one: the kind of cause, for `to_df().groupby('kind')`
+    in_graph:bool=False                  # For a kept one: would `fold_graph` fold it?
     calls:int=1                          # How often it ran
 
     @property
@@ -34,7 +34,7 @@ class Row:
         clamps = f"; {', '.join(self.acts)} clamps per channel" if self.acts else ''
         return f"{self.how} into {where}{clamps}"
 
-# %% ../../nbs/fold/07_report.ipynb #36a56738
+# %% ../../nbs/fold/07_report.ipynb #f4627a27
 def _num(x) -> str:
     "A number for a table"
     if x is None: return ''
@@ -58,7 +58,7 @@ def html_table(head:list, rows:list) -> str:
     body = ''.join(f'<tr>{cells("td", row)}</tr>' for row in rows)
     return f'<table><thead><tr>{cells("th", head)}</tr></thead><tbody>{body}</tbody></table>'
 
-# %% ../../nbs/fold/07_report.ipynb #56b79a1f
+# %% ../../nbs/fold/07_report.ipynb #bfbdd62f
 class FoldTable:
     "Rows, and ways to show them"
     verb = 'folded'
@@ -93,7 +93,7 @@ class FoldTable:
     def _figures(self): return [], []
     def _rows(self): return [[row.bn, row.fate] for row in self.kept + [row for row in self.rows if row.folded]]
 
-# %% ../../nbs/fold/07_report.ipynb #e8b6fd25
+# %% ../../nbs/fold/07_report.ipynb #4b3f080f
 def _as_text(self:FoldTable) -> str:
     parts = [self._title()]
     if self._figures()[1]: parts.append(text_table(*self._figures()))
@@ -115,7 +115,7 @@ def _to_df(self:FoldTable):
 FoldTable.__str__ = FoldTable.__repr__ = _as_text
 FoldTable._repr_html_,FoldTable.to_df = _as_html,_to_df
 
-# %% ../../nbs/fold/07_report.ipynb #bd6e42c2
+# %% ../../nbs/fold/07_report.ipynb #1cbe0c15
 @dataclass(repr=False)
 class FoldReport(FoldTable):
     "What a fold did, and the evidence that it changed nothing else"
@@ -141,7 +141,7 @@ class FoldReport(FoldTable):
         "Everything, as plain types (for JSON)"
         return dict(n_bn=self.n_bn, n_folded=self.n_folded) | asdict(self)
 
-# %% ../../nbs/fold/07_report.ipynb #56e45375
+# %% ../../nbs/fold/07_report.ipynb #62bbab5f
 def _ms(seconds): return None if seconds is None else f"{seconds*1e3:.2f} ms"
 
 def _speed(speedup): return f"{speedup:.2f}x faster" if speedup>=1 else f"{1/speedup:.2f}x slower"
@@ -171,7 +171,7 @@ def _report_title(self:FoldReport):
 
 FoldReport._figures,FoldReport._title = _figures,_report_title
 
-# %% ../../nbs/fold/07_report.ipynb #d3dbf958
+# %% ../../nbs/fold/07_report.ipynb #0890a557
 def _bars(ax, values, name, fmt):
     bars = ax.bar(['before','after'], [value or 0 for value in values], color=['#9aa5b1','#2f80ed'], width=.6)
     ax.bar_label(bars, [fmt(value) if value is not None else 'not measured' for value in values], padding=2)
