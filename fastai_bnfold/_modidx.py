@@ -1180,6 +1180,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'fastai_bnfold.fold.search.splits': ('fold/search.html#splits', 'fastai_bnfold/fold/search.py'),
                                            'fastai_bnfold.fold.search.ways': ('fold/search.html#ways', 'fastai_bnfold/fold/search.py')},
             'fastai_bnfold.fold.state': { 'fastai_bnfold.fold.state.Absorb': ('fold/state.html#absorb', 'fastai_bnfold/fold/state.py'),
+                                          'fastai_bnfold.fold.state.Absorb.nodes': ( 'fold/state.html#absorb.nodes',
+                                                                                     'fastai_bnfold/fold/state.py'),
                                           'fastai_bnfold.fold.state.Absorb.path': ( 'fold/state.html#absorb.path',
                                                                                     'fastai_bnfold/fold/state.py'),
                                           'fastai_bnfold.fold.state.Absorber': ('fold/state.html#absorber', 'fastai_bnfold/fold/state.py'),
