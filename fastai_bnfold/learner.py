@@ -69,8 +69,8 @@ def _classes_of(pred, loss_func):
 # %% ../nbs/02_learner.ipynb #f04731be
 class _Classes(Callback):
     "Collect the predicted class of every validation item"
-    name = 'gather_preds' # says to loggers, trackers and progress bars that this is no training
-    order = 99            # after all that may still change the predictions
+    name = 'gather_preds' # fastai's sign for loggers and trackers that this is no training
+    order = 99            # after the others
     def before_validate(self): self.classes = []
     def after_batch(self):
         classes = _classes_of(self.pred, self.learn.loss_func)
