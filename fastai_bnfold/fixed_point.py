@@ -21,7 +21,7 @@ from .fold.affine import *
 from .fold.program import program_of
 from .fold.ops import arguments, op_of, ops
 from .fold.inputs import as_args, fresh
-from .bn_stats import _n_training, _training_items
+from .stats.training import n_training, training_items
 
 # %% ../nbs/10_fixed_point.ipynb #6738d360
 class FixedPointError(FoldError): "There is no fixed-point operation for what was given"
@@ -406,7 +406,7 @@ def integer_net(self:Learner,
     rounding:str='half_up' # As in `fixed_point_bn`
 ) -> IntegerNet:     # The Learner is not changed
     "A simulated integer network of the trained model; its classifier, behind the last BN, works in float64"
-    _n_training(self)
-    with _training_items(self, n, min(32, n)) as dl: batches = [as_args(b[:getattr(self.dls, 'n_inp', 1)]) for b in dl]
+    n_training(self)
+    with training_items(self, n, min(32, n)) as dl: batches = [as_args(b[:getattr(self.dls, 'n_inp', 1)]) for b in dl]
     device = one_param(self.model).device
     return IntegerNet(self.model, to_device(batches, device), bits, rounding)
