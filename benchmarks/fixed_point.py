@@ -17,15 +17,16 @@ from fastai_bnfold.stats.training import subset_dl
 from fastai_bnfold.lab.command import machine
 from fastai_bnfold.lab.data import get_dls
 from fastai_bnfold.lab.training import train
-from fastai_bnfold.fixed_point import _none, _task
+from fastai_bnfold.integer.staircase import unbounded
+from fastai_bnfold.integer.task import task_of
 from fastai_bnfold.fold.testing import randomize_bn
 from fastai_bnfold.fold.report import text_table
 
 def float32_wrong(*args):
     "How many inputs float32 gets wrong, and how many there are, over all channels"
-    p,lo,hi,s,down = _task(*args)
+    p,lo,hi,s,down = task_of(*args)
     a,z = (o[:,None] for o in (np.where(down, -hi, lo), np.where(down, -lo, hi)))
-    exact = np.where(s.l<_none, s.l, z+1)
+    exact = np.where(s.l<unbounded, s.l, z+1)
     inv = (1/np.sqrt((p['var']+p['eps']).astype(np.float32))).astype(np.float32)
     g,b,m,s_in,s_out = (np.asarray(o, np.float32) for o in (np.abs(p['weight']), p['bias'], np.where(down, -p['mean'], p['mean']), p['in_scale'], p['out_scale']))
     a32,b32 = (g*inv*s_in/s_out)[:,None], ((b-g*inv*m)/s_out+np.float32(.5))[:,None]

@@ -5,7 +5,9 @@ from .learner import FoldBN
 from .stats import correct, reestimate # Learner.correct_bn, Learner.uncorrect_bn, Learner.reestimate_bn
 from .deploy import deploy # Learner.deploy
 from .deploy.serve import Deployed
-from .fixed_point import FixedPointBN, FixedPointError, IntegerNet, fixed_point_bn
+from .integer.fixed_point import FixedPointBN, fixed_point_bn
+from .integer.net import IntegerNet # and Learner.integer_net
+from .integer.steps import FixedPointError
 
 __all__ = ['BNFolder', 'FoldBN', 'FoldReport', 'FoldPlan', 'Row', 'Affine', 'FoldError', 'StatisticsError', 'TraceError', 'VerificationError',
            'FoldedError', 'NoDataError', 'DeployError', 'Deployed', 'FixedPointBN', 'FixedPointError', 'IntegerNet', 'fixed_point_bn']

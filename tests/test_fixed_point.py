@@ -6,7 +6,9 @@ import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from fastai_bnfold.all import FoldError
-from fastai_bnfold.fixed_point import FixedPointBN, FixedPointError, IntegerNet, exact_bn, fixed_point_bn, roundings
+from fastai_bnfold.integer.fixed_point import FixedPointBN, exact_bn, fixed_point_bn
+from fastai_bnfold.integer.net import IntegerNet
+from fastai_bnfold.integer.steps import FixedPointError, roundings
 from fastai_bnfold.fold.testing import randomize_bn
 
 def make(weight, bias, mean, var, eps=1e-5, cls=nn.BatchNorm1d):
