@@ -20,7 +20,7 @@ from ..fold.program import program_of
 from .fixed_point import *
 from .steps import *
 from .task import *
-from ..bn_stats import _n_training, _training_items
+from ..stats.training import n_training, training_items
 
 # %% ../../nbs/integer/04_net.ipynb #f439c3fd
 @dataclass
@@ -153,7 +153,7 @@ def integer_net(self:Learner,
     rounding:str='half_up' # As in `fixed_point_bn`
 ) -> IntegerNet:     # The Learner is not changed
     "A simulated integer network of the trained model; its classifier, behind the last BN, works in float64"
-    _n_training(self)
-    with _training_items(self, n, min(32, n)) as dl: batches = [as_args(b[:getattr(self.dls, 'n_inp', 1)]) for b in dl]
+    n_training(self)
+    with training_items(self, n, min(32, n)) as dl: batches = [as_args(b[:getattr(self.dls, 'n_inp', 1)]) for b in dl]
     device = one_param(self.model).device
     return IntegerNet(self.model, to_device(batches, device), bits, rounding)
