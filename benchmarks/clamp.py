@@ -15,9 +15,7 @@ from fastai_bnfold.fold.affine import Clamp
 from fastai_bnfold.lab.models import find_model, warm_up
 from fastai_bnfold.lab.tools import bn_deleted
 from fastai_bnfold.lab.command import machine
-from fastai_bnfold.fold.apply import swaps_for
 from fastai_bnfold.timing import latency, median, ratio
-from fastai_bnfold.fold.state import Rebound
 from fastai_bnfold.fold.report import text_table
 
 def ops(shape, seconds, device):
@@ -35,9 +33,7 @@ def network(name, seconds, device):
     torch.manual_seed(0)
     m,x = warm_up(find_model(name)[0]),torch.randn(1,3,224,224)
     folder = BNFolder()
-    full,plan = folder.fold(m, x),folder.plan(m, x)
-    pairs,plain = copy.deepcopy(m),[s for s in plan.steps if not any(isinstance(e, Rebound) for e in s.edits)]
-    swaps_for(pairs, plain).redo()
+    full,pairs = folder.fold(m, x),BNFolder(clamps=False).fold(m, x)
     outside = copy.deepcopy(full)
     for o in outside.modules():
         if isinstance(o, Clamp): o.inplace = False

@@ -17,8 +17,9 @@ from fastai.tabular.all import TabularModel
 from fastai_bnfold.all import *
 from fastai_bnfold.fold.testing import randomize_bn
 from fastai_bnfold.fold.verify import max_err
-from fastai_bnfold.fold.plan import bn_calls
-from fastai_bnfold.fold.program import Trace
+from fastai_bnfold.fold.plan import bns_of
+from fastai_bnfold.fold.program import program_of
+from fastai_bnfold.fold.state import View
 from fastai_bnfold.fold.inputs import run
 from fastai_bnfold.fold.report import text_table
 from fastai_bnfold.lab.tools import fasterai_fold, fx_fuse
@@ -36,6 +37,10 @@ class Swapped(nn.Module):
         super().__init__()
         self.conv1,self.bn2,self.conv2,self.bn1 = nn.Conv2d(3,8,3),nn.BatchNorm2d(8),nn.Conv2d(8,8,3),nn.BatchNorm2d(8)
     def forward(self, x): return self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+
+def n_bns(model, args):
+    "How many batch norms run"
+    return sum(bn.is_bn for bn in bns_of(View(program_of(model, args))))
 
 def tv(name, *size, **kw): return lambda: (torchvision.models.get_model(name, weights=None, **kw), (torch.randn(1,3,*(size or (224,224))),))
 def timm_model(name):
@@ -85,11 +90,11 @@ def one(make, others):
     torch.manual_seed(0)
     m,args = make()
     m = randomize_bn(m).eval()
-    ref,res = run(m, args),dict(live=len(bn_calls(Trace(m, args))))
+    ref,res = run(m, args),dict(live=n_bns(m, args))
     start,folder = time.perf_counter(),BNFolder()
     g = folder.fold(m, args); rep = folder.report
     seconds = time.perf_counter()-start
-    res['fastai_bnfold'] = dict(left=len(bn_calls(Trace(g, args))), max_err=max_err(ref, run(g, args)), seconds=seconds, possible=rep.n_possible,
+    res['fastai_bnfold'] = dict(left=n_bns(g, args), max_err=max_err(ref, run(g, args)), seconds=seconds, possible=rep.n_possible,
                                 clamps=len({a for r in rep.rows for a in r.acts}), constants=sum(not r.is_bn for r in rep.rows))
     res['kept'] = {r.bn: r.reason for r in rep.rows if not r.folded and r.live}
     every = BNFolder(costly=True)
@@ -101,7 +106,7 @@ def one(make, others):
         try:
             g = f(m, args); seconds = time.perf_counter()-start
             err = max_err(ref, run(g.eval(), args))
-            res[k] = dict(left=len(bn_calls(Trace(g, args))), max_err=err, seconds=seconds) | (dict(wrong=True) if err>1e-3 else {})
+            res[k] = dict(left=n_bns(g, args), max_err=err, seconds=seconds) | (dict(wrong=True) if err>1e-3 else {})
         except Exception as e: res[k] = dict(error=f'fails: {type(e).__name__}')
     return res
 

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/fold/14_draw.ipynb #8de77a45
+# %% ../../nbs/fold/14_draw.ipynb #2613a62e
 from torch import nn
 from .ops import *
 from .state import *
 from .rules.norms import *
 from .plan import *
 
-# %% ../../nbs/fold/14_draw.ipynb #3df700ce
+# %% ../../nbs/fold/14_draw.ipynb #db6a5c33
 _colours = {'layer': '#2f80ed', 'gone': '#ffffff', 'kept': '#eb5757', 'clamp': '#f2994a', 'other': '#c4ccd4'}
 _arrows = {'backward': '#27ae60', 'forward': '#9b51e0', 'split': '#b8860b'}
 
@@ -39,14 +39,16 @@ def _kinds(plan, nodes):
         return 'layer' if node in layers else 'clamp' if node in clamps else 'other'
     return {node: kind(node) for node in nodes}
 
-# %% ../../nbs/fold/14_draw.ipynb #9161cbfe
+# %% ../../nbs/fold/14_draw.ipynb #abf4718c
 def _draw_edges(ax, nodes, at):
     for node in nodes:
         for source in node.all_input_nodes:
             if source not in at: continue
             (x0,y0),(x1,y1) = at[source],at[node]
+            line = dict(arrowstyle='-', color='#bbbbbb', lw=1, connectionstyle='arc3,rad=.25')
             wrapped = x1<x0 # to the next row: two stubs
-            if wrapped: ax.plot([x0,x0+.5], [y0,y0], color='#dddddd', lw=1, zorder=1); ax.plot([x1-.5,x1], [y1,y1], color='#dddddd', lw=1, zorder=1)
+            if x1-x0>1 and y0==y1: ax.annotate('', (x1,y1), (x0,y0), arrowprops=line, zorder=1) # past others
+            elif wrapped: ax.plot([x0,x0+.5], [y0,y0], color='#dddddd', lw=1, zorder=1); ax.plot([x1-.5,x1], [y1,y1], color='#dddddd', lw=1, zorder=1)
             else: ax.plot([x0,x1], [y0,y1], color='#bbbbbb', lw=1, zorder=1)
 
 def _draw_ways(ax, plan, at):
