@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['batch_norms', 'running_stats', 'put_stats', 'bn_input', 'pre_hooks', 'batch_statistics']
 
-# %% ../../nbs/stats/01_batch.ipynb #ab275451
+# %% ../../nbs/stats/01_batch.ipynb #d8690130
 import torch
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from ..errors import *
 from .moments import *
 
-# %% ../../nbs/stats/01_batch.ipynb #9698f73e
+# %% ../../nbs/stats/01_batch.ipynb #d811c205
 def _is_bn(module):
     if isinstance(module, _InstanceNorm): return False
     stats = (getattr(module, name, None) for name in ('running_mean','running_var'))
@@ -28,7 +28,7 @@ def batch_norms(model:nn.Module) -> dict: # Module path → module
         "(a folded one has lost them: call `unfold_bn` first).")
     return bns
 
-# %% ../../nbs/stats/01_batch.ipynb #8457a3d5
+# %% ../../nbs/stats/01_batch.ipynb #06cc2e89
 def running_stats(bns) -> dict: # BN → mean, variance
     "Copies of the running statistics of `bns`"
     return {bn: (bn.running_mean.clone(), bn.running_var.clone()) for bn in bns}
@@ -39,7 +39,7 @@ def put_stats(stats:dict): # BN → mean, variance
         bn.running_mean.copy_(mean)
         bn.running_var.copy_(var)
 
-# %% ../../nbs/stats/01_batch.ipynb #90a90aff
+# %% ../../nbs/stats/01_batch.ipynb #198cd2c7
 def bn_input(args:tuple, kwargs:dict) -> Tensor:
     "What a BN is called with, by position or by name"
     return args[0] if args else next(iter(kwargs.values()))
@@ -56,7 +56,7 @@ def pre_hooks(
     finally:
         for handle in handles: handle.remove()
 
-# %% ../../nbs/stats/01_batch.ipynb #81fbbd64
+# %% ../../nbs/stats/01_batch.ipynb #e3330564
 def _of_batch(x):
     "Mean and biased variance of every channel, and how many values it has"
     if x.dtype!=torch.float64: x = x.float()

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['has_positions', 'with_share', 'ItemStatistics', 'share_hooks', 'shares', 'set_shares']
 
-# %% ../../nbs/stats/03_item.ipynb #23cd3cb3
+# %% ../../nbs/stats/03_item.ipynb #5e4137a3
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from .batch import bn_input
 
-# %% ../../nbs/stats/03_item.ipynb #61a0bde7
+# %% ../../nbs/stats/03_item.ipynb #48c22713
 def has_positions(x:Tensor) -> bool:
     "Has an item several positions per channel, and so statistics of its own?"
     return x.shape[2:].numel()>1
@@ -32,7 +32,7 @@ def with_share(
     scale = ((var_r+bn.eps)/(var+bn.eps)).sqrt()
     return torch.addcmul(mean_r-mean*scale, f, scale).to(x.dtype)
 
-# %% ../../nbs/stats/03_item.ipynb #bb801f83
+# %% ../../nbs/stats/03_item.ipynb #40ab14fc
 class ItemStatistics:
     "Forward pre-hook of a BN: at test time, the item's own statistics have the share `alpha`"
     def __init__(self, alpha:float): # In [0, 1]
@@ -50,7 +50,7 @@ class ItemStatistics:
         return (f'`correct_bn` gave the statistics of each item a share of α = {self.alpha:g} in its normalization, '
                 'which is no fixed map (α = 0 would be, and folds)')
 
-# %% ../../nbs/stats/03_item.ipynb #96f729c7
+# %% ../../nbs/stats/03_item.ipynb #286dc56d
 def share_hooks(model:nn.Module) -> dict: # BN path → `ItemStatistics`
     "The hooks of the corrected BNs of `model`"
     found = {}

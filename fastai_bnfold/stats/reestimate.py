@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/stats/04_reestimate.ipynb #f794aca7
+# %% ../../nbs/stats/04_reestimate.ipynb #1f5d2e92
 import pandas as pd, torch
 from fastai.learner import Learner
 from fastai.torch_core import one_param
@@ -15,7 +15,7 @@ from .batch import *
 from .item import shares
 from .training import *
 
-# %% ../../nbs/stats/04_reestimate.ipynb #7d821d03
+# %% ../../nbs/stats/04_reestimate.ipynb #da66b014
 def _gather(seen, device):
     "Over several processes: the sums of all"
     _,world = rank_and_world()
@@ -35,7 +35,7 @@ def _estimates(bns, seen, var):
             "The training has probably diverged.")
     return new
 
-# %% ../../nbs/stats/04_reestimate.ipynb #d09114ce
+# %% ../../nbs/stats/04_reestimate.ipynb #e156e56c
 def _move(bn, mean, var):
     "Medians over the channels of one BN"
     old_mean = bn.running_mean.detach().cpu().double()
@@ -50,7 +50,7 @@ def _moves(bns, new):
     columns = ['shift of the mean, in σ','new variance / old']
     return pd.DataFrame.from_dict(moves, 'index', columns=columns).rename_axis('batch norm')
 
-# %% ../../nbs/stats/04_reestimate.ipynb #230f0151
+# %% ../../nbs/stats/04_reestimate.ipynb #9d8bacdf
 def _set_stats(new):
     "Store the statistics of all BNs or, after an interruption, of none"
     old = running_stats(new)
@@ -59,7 +59,7 @@ def _set_stats(new):
         put_stats(old)
         raise
 
-# %% ../../nbs/stats/04_reestimate.ipynb #1ce70a3f
+# %% ../../nbs/stats/04_reestimate.ipynb #7d3f2093
 @patch
 @torch.no_grad()
 def reestimate_bn(self:Learner,
