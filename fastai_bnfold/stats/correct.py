@@ -5,9 +5,13 @@
 # %% auto #0
 __all__ = ['best_share']
 
-# %% ../../nbs/stats/05_correct.ipynb #5be4fd97
-from functools import partial
-from fastai.basics import *
+# %% ../../nbs/stats/05_correct.ipynb #62b57d92
+import pandas as pd, torch
+from contextlib import contextmanager
+from torch import Tensor
+from fastai.learner import Learner
+from fastai.torch_core import find_bs, one_param
+from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from ..errors import *
 from ..fold.inputs import run
@@ -16,95 +20,143 @@ from .batch import *
 from .item import *
 from .training import *
 
-# %% ../../nbs/stats/05_correct.ipynb #e2125c80
+# %% ../../nbs/stats/05_correct.ipynb #267b55c6
 def _correctable(learn):
-    "The paths of the BNs whose items have statistics of their own: several positions per channel"
-    found = []
-    def look(p, m, args, kwargs):
-        x = bn_input(args, kwargs)
-        if x.ndim>2 and x[0,0].numel()>1: found.append(p)
-    hooks = [m.register_forward_pre_hook(partial(look, p), with_kwargs=True) for p,m in batch_norms(learn.model).items()]
-    try: run(learn.model, learner_batch(learn))
-    finally: [h.remove() for h in hooks]
-    if not found: raise StatisticsError("No batch norm of this model sees more than one position per channel and item (a convolution's output has many, a linear layer's one): an item has no statistics of its own here, so there is nothing to correct.")
-    return list(dict.fromkeys(found))
+    "The paths of the BNs whose items have statistics of their own"
+    found = {}
+    def look(path, bn, args, kwargs):
+        if has_positions(bn_input(args, kwargs)): found[path] = bn
+    with pre_hooks(batch_norms(learn.model), look): run(learn.model, learner_batch(learn))
+    if not found: raise StatisticsError(
+        "No batch norm of this model sees more than one position per channel and item (a convolution's output has "
+        "many, a linear layer's one): an item has no statistics of its own here, so there is nothing to correct.")
+    return list(found)
 
-def _gathered(x):
-    "`x` of all processes, one after the other"
-    if rank_and_world()[1]==1: return x
-    torch.distributed.all_gather_object(res := [None]*rank_and_world()[1], x)
-    return torch.cat(res)
-
-def best_share(losses):
-    "Of candidates → losses of the same items, the one with the smallest mean; 0 if that is no significant gain"
-    best = min(losses, key=lambda a: losses[a].mean())
+# %% ../../nbs/stats/05_correct.ipynb #16697574
+def best_share(losses:dict): # Candidate → losses of the same items; among them 0
+    "The candidate with the smallest mean loss; 0 if that is no significant gain"
+    best = min(losses, key=lambda share: losses[share].mean())
     gain = losses[0.]-losses[best]
-    return best if gain.mean() > 2*gain.std()/len(gain)**.5 else 0.
+    error = gain.std()/len(gain)**.5
+    return best if gain.mean()>2*error else 0.
 
+# %% ../../nbs/stats/05_correct.ipynb #a0b3bfa6
 class _Descent(Losses):
-    "Gradient descent on the loss, in the validation loop: the logits `θ` of the shares are all that changes"
-    def __init__(self, hooks, θ, steps, every):
-        self.hooks,self.θ,self.every,self.seen = hooks,θ,every,0
-        self.opt = torch.optim.Adam([θ], lr=.15)
-        self.sched = torch.optim.lr_scheduler.CosineAnnealingLR(self.opt, steps)
+    "Gradient descent on the loss, for the shares of `hooks`"
+    def __init__(self,
+        hooks:list,    # `ItemStatistics`
+        logits:Tensor, # Of their shares; changes
+        steps:int,     # Of the descent, as far as is known
+        every:int      # Items per step, at least
+    ):
+        self.hooks,self.logits,self.every,self.n_seen = hooks,logits,every,0
+        self.adam = torch.optim.Adam([logits], lr=.15)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.adam, steps)
     def before_batch(self):
         torch.set_grad_enabled(True)
-        for h,a in zip(self.hooks, self.θ.sigmoid()): h.alpha = a
+        for hook,share in zip(self.hooks, self.logits.sigmoid()): hook.alpha = share
     def after_loss(self):
-        g, = torch.autograd.grad(self.learn.loss_grad.mean(), self.θ)
-        self.θ.grad = g if self.θ.grad is None else self.θ.grad+g
+        grad, = torch.autograd.grad(self.learn.loss_grad.mean(), self.logits)
+        self.logits.grad = grad if self.logits.grad is None else self.logits.grad+grad
     def after_batch(self):
-        super().after_batch(); torch.set_grad_enabled(False)
-        self.seen += find_bs(self.yb)
-        if self.seen<self.every: return
-        if rank_and_world()[1]>1: torch.distributed.all_reduce(self.θ.grad)
-        self.opt.step(); self.opt.zero_grad(); self.sched.step(); self.seen = 0
+        super().after_batch()
+        torch.set_grad_enabled(False)
+        self.n_seen += find_bs(self.yb)
+        if self.n_seen>=self.every: self.step()
+    def step(self):
+        _,world = rank_and_world()
+        if world>1: torch.distributed.all_reduce(self.logits.grad)
+        self.adam.step()
+        self.adam.zero_grad()
+        self.schedule.step()
+        self.n_seen = 0
 
+# %% ../../nbs/stats/05_correct.ipynb #b4505892
 def _descend(learn, paths, start, n, bs, seed, every=64):
-    "A share for each of `paths`, by gradient descent on the loss of `n` training items; `start` is the best common share"
-    set_shares(learn.model, dict.fromkeys(paths, start or .02))
-    hooks = {p:h for p,_,_,h in share_hooks(learn.model)}
-    θ = torch.full((len(paths),), start or .02, device=one_param(learn.model).device).logit().requires_grad_()
-    run_training(learn, n, bs, seed=seed+1, cb=_Descent([hooks[p] for p in paths], θ, max(1, n//every), every))
-    return dict(zip(paths, θ.detach().sigmoid().tolist()))
+    "A share for each of `paths`, by gradient descent on the loss of `n` training items"
+    start = start or .02 # the best common share; a share of 0 has no logit
+    set_shares(learn.model, dict.fromkeys(paths, start))
+    hooks = share_hooks(learn.model)
+    logits = torch.full((len(paths),), start, device=one_param(learn.model).device).logit()
+    logits.requires_grad_()
+    descent = _Descent([hooks[path] for path in paths], logits, max(1, n//every), every)
+    run_training(learn, n, bs, seed=seed+1, cb=descent)
+    return dict(zip(paths, logits.detach().sigmoid().tolist()))
 
+# %% ../../nbs/stats/05_correct.ipynb #c85c78bb
+@contextmanager
+def _one_bar(learn, candidates):
+    "Yields the candidates under one progress bar, if the Learner shows any"
+    bars = [learn.progress] if hasattr(learn, 'progress') else []
+    with learn.removed_cbs(bars): yield progress_bar(candidates, display=bool(bars), leave=False)
+
+def _try(learn, paths, alphas, per_layer, n, bs, seed):
+    "Candidate → the shares that it stands for, and candidate → the losses of the same items"
+    given,losses = {},{}
+    candidates = sorted({0., *map(float, alphas)})
+    if per_layer: candidates.append('per layer')
+    with _one_bar(learn, candidates) as bar:
+        for candidate in bar:
+            if candidate=='per layer':
+                few = min(bs, training_bs(learn) or bs) # it takes gradients
+                given[candidate] = _descend(learn, paths, best_share(losses), n, few, seed)
+            else: given[candidate] = dict.fromkeys(paths, candidate)
+            set_shares(learn.model, given[candidate])
+            losses[candidate] = gathered(run_training(learn, n, bs, seed=seed))
+    return given, losses
+
+def _curve(losses, best):
+    "The candidates, their mean losses, and which was chosen"
+    means = {share: of_items.mean().item() for share,of_items in losses.items()}
+    chosen = {share: share==best for share in losses}
+    return pd.DataFrame({'training loss': means, 'chosen': chosen}).rename_axis('α')
+
+# %% ../../nbs/stats/05_correct.ipynb #2aef6cc1
+def _require_shares(alpha, alphas, paths):
+    "A `StatisticsError` if what was given for `correct_bn` are no shares of these BNs"
+    by_path = isinstance(alpha, dict)
+    if alpha is None: given = alphas
+    else: given = alpha.values() if by_path else [alpha]
+    for share in given:
+        ok = isinstance(share, (int,float)) and 0<=share<=1
+        require(ok, "α, the share of an item's own statistics, must be a number in [0, 1]", share)
+    unknown = set(alpha)-set(paths) if by_path else ()
+    require(not unknown, f"α can be given for: {', '.join(paths)}", ', '.join(unknown))
+
+# %% ../../nbs/stats/05_correct.ipynb #fc758c44
 @patch
 @torch.no_grad()
 def correct_bn(self:Learner,
-    alpha=None,  # Share of an item's own statistics, in [0, 1]: a number, or a dict from BN paths to numbers (0 where left out); chosen on training data if None
+    alpha=None,  # A number in [0, 1], or BN path → number (0 where left out); chosen on training data if None
     per_layer:bool=False, # Choose one for every BN? Else one for all
     alphas=(.01,.02,.05,.1,.15,.2,.3,.5), # The candidates for all
     n:int=2048,  # Items of training data to choose with
     bs:int=64,   # Items per batch (for `per_layer` no more than in training: it takes gradients)
     seed:int=42  # Of the choice of items
 ):               # The candidates and their losses on training data, a `DataFrame`; None if `alpha` was given
-    "Example-weighted inference: at test time, an item's own statistics take a share in its normalization. `uncorrect_bn` undoes it; a BN with α = 0 is the ordinary one"
+    "At test time, an item's own statistics take a share in its normalization; `uncorrect_bn` undoes it. A BN with α = 0 is the ordinary one"
     require_unfolded(self)
-    paths,old = _correctable(self),shares(self.model)
-    given = list(alpha.values()) if isinstance(alpha, dict) else list(alphas) if alpha is None else [alpha]
-    for a in given: require(isinstance(a, (int,float)) and 0<=a<=1, "α, the share of an item's own statistics, must be a number in [0, 1]", a)
-    if isinstance(alpha, dict): require(not set(alpha)-set(paths), f"α can be given for: {', '.join(paths)}", ', '.join(set(alpha)-set(paths)))
-    for k,v in dict(n=n, bs=bs).items(): require(isinstance(v, int) and v>0, f"`{k}` must be a positive integer", v)
-    def common(a): return dict.fromkeys(paths, a)
-    def losses_with(alphas):
-        set_shares(self.model, alphas)
-        return _gathered(run_training(self, n, bs, seed=seed))
+    paths = _correctable(self)
+    _require_shares(alpha, alphas, paths)
+    require_positive(n=n, bs=bs)
+    old = shares(self.model)
     try:
-        if alpha is not None: return set_shares(self.model, alpha if isinstance(alpha, dict) else common(alpha))
-        n,losses,each = min(n, n_training(self)),{},None
-        bar = progress_bar([*sorted({0., *map(float, alphas)}), *['per layer']*per_layer], display=hasattr(self, 'progress'), leave=False)
-        with self.removed_cbs([self.progress] if hasattr(self, 'progress') else []):
-            for a in bar:
-                if a=='per layer': each = _descend(self, paths, best_share(losses), n, min(bs, getattr(self.dls.train, 'bs', None) or bs), seed)
-                losses[a] = losses_with(each or common(a))
+        if alpha is not None:
+            return set_shares(self.model, alpha if isinstance(alpha, dict) else dict.fromkeys(paths, alpha))
+        n = min(n, n_training(self))
+        given,losses = _try(self, paths, alphas, per_layer, n, bs, seed)
         best = best_share(losses)
-        set_shares(self.model, each if best=='per layer' else common(best))
-    except BaseException: set_shares(self.model, old); raise
-    return pd.DataFrame({'training loss': {a: l.mean().item() for a,l in losses.items()}, 'chosen': {a: a==best for a in losses}}).rename_axis('α')
+        set_shares(self.model, given[best])
+    except BaseException:
+        set_shares(self.model, old)
+        raise
+    return _curve(losses, best)
 
 @patch
 def uncorrect_bn(self:Learner) -> Learner:
     "The ordinary batch norms of before `correct_bn`, bit for bit"
-    if not shares(self.model): raise StatisticsError("This Learner's batch norms are not corrected: call `correct_bn` first (it may have chosen α = 0, which is the ordinary batch norm).")
+    if not shares(self.model): raise StatisticsError(
+        "This Learner's batch norms are not corrected: call `correct_bn` first "
+        "(it may have chosen α = 0, which is the ordinary batch norm).")
     set_shares(self.model, {})
     return self
