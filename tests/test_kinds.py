@@ -323,3 +323,15 @@ def test_reasons_have_kinds():
     counts = report.to_df().groupby('kind').size()
     assert counts.to_dict()=={'bare function / no rule': 1, 'no rule / input or output': 1}
     assert [row.in_graph for row in report.rows]==[True,False] and report.n_in_graph==1 and '1 of those that stay would go in an exported graph' in str(report)
+
+def test_a_cache_that_the_first_run_fills():
+    "LeViT keeps its attention biases: the first run does more than the others"
+    def forward(m, x):
+        if not m.cache: m.cache.append(m.k.exp())
+        return m.b(m.c(x))+m.cache[0]
+    net = Net(forward, c=conv(), b=bn(), k=nn.Parameter(torch.zeros(8,1,1)))
+    net.cache = []
+    assert folded(net, x).n_folded==1
+    net.cache = []
+    folder = BNFolder(); folder.fold(net, x, inplace=True)
+    assert folder.report.n_folded==1

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/fold/14_draw.ipynb #2613a62e
+# %% ../../nbs/fold/14_draw.ipynb #806c34a0
 from torch import nn
+from .affine import patch
 from .ops import *
 from .state import *
 from .rules.norms import *
 from .plan import *
 
-# %% ../../nbs/fold/14_draw.ipynb #db6a5c33
+# %% ../../nbs/fold/14_draw.ipynb #243e0a11
 _colours = {'layer': '#2f80ed', 'gone': '#ffffff', 'kept': '#eb5757', 'clamp': '#f2994a', 'other': '#c4ccd4'}
 _arrows = {'backward': '#27ae60', 'forward': '#9b51e0', 'split': '#b8860b'}
 
@@ -39,7 +40,7 @@ def _kinds(plan, nodes):
         return 'layer' if node in layers else 'clamp' if node in clamps else 'other'
     return {node: kind(node) for node in nodes}
 
-# %% ../../nbs/fold/14_draw.ipynb #abf4718c
+# %% ../../nbs/fold/14_draw.ipynb #0eedded4
 def _draw_edges(ax, nodes, at):
     for node in nodes:
         for source in node.all_input_nodes:
@@ -60,7 +61,8 @@ def _draw_ways(ax, plan, at):
             style = dict(arrowstyle='-|>', color=_arrows[step.how], lw=1.4, connectionstyle='arc3,rad=.45', shrinkA=5, shrinkB=6)
             ax.annotate('', at[edit.node], start, arrowprops=style, zorder=3)
 
-def _plot_plan(self:FoldPlan,
+@patch
+def plot(self:FoldPlan,
     ax=None,         # Made if left out
     width:int=30,    # Operations in a row
     labels:bool=None # Names at the operations? By default where there are at most 30
@@ -81,5 +83,3 @@ def _plot_plan(self:FoldPlan,
     ax.set_axis_off(); ax.margins(.06, .3)
     ax.legend(loc='upper left', bbox_to_anchor=(0,1.12), ncols=5, fontsize=7, frameon=False)
     return ax
-
-FoldPlan.plot = _plot_plan

@@ -6,7 +6,7 @@
 __all__ = ['Lifted', 'bake_constants', 'set_argument', 'apply_to_graph', 'Branch', 'branch_of', 'merge', 'Structured',
            'GraphFold']
 
-# %% ../../nbs/fold/13_graph.ipynb #c2a15da3
+# %% ../../nbs/fold/13_graph.ipynb #036c6992
 import torch
 from dataclasses import dataclass, replace
 from torch import nn, fx, Tensor
@@ -31,7 +31,7 @@ from .apply import *
 from .verify import *
 from .folder import *
 
-# %% ../../nbs/fold/13_graph.ipynb #f6a36ca9
+# %% ../../nbs/fold/13_graph.ipynb #d5e0fd78
 _stored_kinds = InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR
 
 def _tensor_of(ep, spec): return ep.state_dict[spec.target] if spec.target in ep.state_dict else ep.constants[spec.target]
@@ -77,14 +77,15 @@ class Lifted:
         mode = detect_fake_mode([node.meta['val'] for node in self.specs if isinstance(node.meta.get('val'), Tensor)])
         return mode.from_tensor(tensor, static_shapes=True) if mode else tensor.detach()
 
-# %% ../../nbs/fold/13_graph.ipynb #eac276c2
+# %% ../../nbs/fold/13_graph.ipynb #afcd50fc
 def _order(spec): return {InputKind.PARAMETER: 1, InputKind.BUFFER: 2, InputKind.CONSTANT_TENSOR: 3}.get(spec.kind, 0 if spec.kind is InputKind.TOKEN else 4)
 
 def _named(spec, node):
     "The specification of an input or output, with the name that its node has"
     return replace(spec, arg=replace(spec.arg, name=node.name)) if isinstance(node, Node) and hasattr(spec.arg, 'name') else spec
 
-def _program(self:Lifted, flat:tuple) -> Program:
+@patch
+def program(self:Lifted, flat:tuple) -> Program:
     "The program of the graph, run on the inputs `flat`"
     given = iter(flat)
     inputs,names = [],{}
@@ -94,14 +95,16 @@ def _program(self:Lifted, flat:tuple) -> Program:
         names[node.name] = spec.target,spec.kind is InputKind.PARAMETER
     return program_of_graph(self.gm, inputs, names)
 
-def _clean_up(self:Lifted):
+@patch
+def clean_up(self:Lifted):
     "Take out what nobody reads"
     self.graph.eliminate_dead_code()
     for node in [node for node in self.tensors if not node.users]:
         self.graph.erase_node(node)
         del self.tensors[node]; del self.specs[node]
 
-def _exported(self:Lifted) -> ExportedProgram:
+@patch
+def exported(self:Lifted) -> ExportedProgram:
     "The graph as a program with the inputs, outputs and dynamic shapes of the one it is a copy of"
     self.clean_up()
     self._sort_inputs()
@@ -117,6 +120,7 @@ def _exported(self:Lifted) -> ExportedProgram:
     if hasattr(ep, '_guards_code'): new._guards_code = ep._guards_code
     return new
 
+@patch
 def _sort_inputs(self:Lifted):
     "Parameters first, then buffers, constants, the user's"
     ordered = sorted(self.specs.items(), key=lambda item: _order(item[1]))
@@ -126,9 +130,7 @@ def _sort_inputs(self:Lifted):
         else: first = first.next
     self.specs = dict(ordered)
 
-for _name,_f in dict(program=_program, clean_up=_clean_up, exported=_exported, _sort_inputs=_sort_inputs).items(): setattr(Lifted, _name, _f)
-
-# %% ../../nbs/fold/13_graph.ipynb #b7f13159
+# %% ../../nbs/fold/13_graph.ipynb #98efb70a
 def _argument_of(node, value):
     "The name of the argument as which `node` reads `value`"
     if not has_schema(node): return 'constant'
@@ -157,7 +159,7 @@ def bake_constants(lifted:Lifted, program:Program):
     lifted.clean_up()
     lifted.gm.recompile()
 
-# %% ../../nbs/fold/13_graph.ipynb #d3d4880a
+# %% ../../nbs/fold/13_graph.ipynb #96a4ee7b
 def _insert_clamp(lifted, program, edit):
     "The activation with other bounds, as one or two operations"
     node,clamp = lifted.copies[edit.node],clamp_of(program, edit)
@@ -205,7 +207,7 @@ def apply_to_graph(lifted:Lifted, program:Program, steps:list, parameters:dict) 
     new.clean_up()
     return new
 
-# %% ../../nbs/fold/13_graph.ipynb #07db4cb5
+# %% ../../nbs/fold/13_graph.ipynb #933aaa8a
 def _each(args, name, n, default):
     value = args.get(name, default)
     return tuple((list(value)*n)[:n]) if isinstance(value, (list,tuple)) else (value,)*n
@@ -248,8 +250,9 @@ def branch_of(tensors:dict, node:Node, coefficient:float) -> Branch:
     taps = tuple(d if k>1 else 0 for d,k in zip(dilation, kernel)) # 0: any
     return Branch(coefficient, args['input'], node, weight, bias, kernel, _each(args, 'stride', n, 1), padding, taps, args.get('groups', 1))
 
-# %% ../../nbs/fold/13_graph.ipynb #d2ce98bf
-def _takes(self:Branch, other) -> bool:
+# %% ../../nbs/fold/13_graph.ipynb #a57b97df
+@patch
+def takes(self:Branch, other) -> bool:
     "Can this layer take in the summand `other`, without becoming larger?"
     if other is self or self.node is None or self.place!=other.place or other.groups%self.groups: return False
     n_out,per_group = self.weight.shape[:2]
@@ -257,7 +260,8 @@ def _takes(self:Branch, other) -> bool:
     if other.node and (len(other.weight),other.weight.dtype)!=(n_out,self.weight.dtype): return False
     return all(d in (0,own) and at>=0 and at%1==0 for d,own,at in zip(other.dilation, self.dilation, self.at(other)))
 
-def _plus(self:Branch, others) -> tuple:
+@patch
+def plus(self:Branch, others) -> tuple:
     "Weight and bias of the sum of this layer and `others`, float64"
     n_out,per_group = self.weight.shape[:2]
     rows = torch.arange(n_out)[:,None]
@@ -272,9 +276,7 @@ def _plus(self:Branch, others) -> tuple:
         if other.bias is not None: b += other.coefficient*other.bias.detach().cpu().double()
     return W, b
 
-Branch.takes,Branch.plus = _takes,_plus
-
-# %% ../../nbs/fold/13_graph.ipynb #f42d56c9
+# %% ../../nbs/fold/13_graph.ipynb #7d627ce8
 def _is_own(lifted, arg):
     "Is `arg` a parameter that nobody else reads?"
     tensor = lifted.tensors.get(arg)
@@ -302,7 +304,7 @@ def _best_layer(lifted, view, terms):
         if len(rest)>len(best[1]): best = layer,rest
     return best
 
-# %% ../../nbs/fold/13_graph.ipynb #d8a97b3e
+# %% ../../nbs/fold/13_graph.ipynb #34c69196
 class _Merger:
     "Merges in one graph; `merged`: path of a layer → what it is made of"
     def __init__(self, lifted, program):
@@ -342,7 +344,7 @@ class _Merger:
         for node,names in parts.items(): self.merged[self.rename(node, root)] = names
     def label(self, node): return self.lifted.specs[arguments(node)['weight']].target.rpartition('.')[0] or self.view.label(node)
 
-# %% ../../nbs/fold/13_graph.ipynb #3ae5e251
+# %% ../../nbs/fold/13_graph.ipynb #5b2aee75
 def _prove_merge(layer, others, W, b):
     "Is the merged layer the sum of its parts? On random values of a few positions, float64"
     generator = torch.Generator().manual_seed(0)
@@ -362,7 +364,8 @@ def _prove_merge(layer, others, W, b):
     error = relative_error(expected, run(layer, W, b))
     if error>local_bound: raise VerificationError(f"The merged layer is not the sum of its parts (by {error:.1e}). Nothing was changed. Please report this with the model.")
 
-def _change_layer(self:_Merger, layer, W, b):
+@patch
+def change(self:_Merger, layer, W, b):
     "Give the layer of a branch the weight `W` and bias `b`"
     args,lifted = arguments(layer.node),self.lifted
     def parameter(x): return nn.Parameter(stored(x, layer.weight), requires_grad=layer.weight.requires_grad)
@@ -373,7 +376,8 @@ def _change_layer(self:_Merger, layer, W, b):
         name = lifted.free_name('.'.join(filter(None, (path, 'bias'))))
         set_argument(layer.node, 'bias', lifted.add(name, parameter(b)))
 
-def _rename(self:_Merger, node, root):
+@patch
+def rename(self:_Merger, node, root):
     "Let the layer `node`, which is several branches now, have a path where they were added; returns it"
     home = getattr(self.view.call(root), 'path', '')
     stem = '.'.join(filter(None, (home, op_name(node))))
@@ -386,7 +390,8 @@ def _rename(self:_Merger, node, root):
             self.lifted.specs[arg] = InputSpec(spec.kind, spec.arg, f'{path}.{name}', spec.persistent)
     return path
 
-def _rewrite(self:_Merger, root, terms, number):
+@patch
+def rewrite(self:_Merger, root, terms, number):
     "Put the sum of `terms` (node → coefficient) and a number in the place of the sum `root`"
     graph = self.lifted.graph
     (x,c),*more = sorted(terms.items(), key=lambda item: item[1]!=1)
@@ -400,13 +405,12 @@ def _rewrite(self:_Merger, root, terms, number):
         if number: x = call(torch.ops.aten.add.Tensor, x, number)
     root.replace_all_uses_with(x)
 
-_Merger.change,_Merger.rename,_Merger.rewrite = _change_layer,_rename,_rewrite
 
 def merge(lifted:Lifted, program:Program) -> dict:
     "Merge parallel linear layers of one value, and the value itself, into one layer; path of the layer → what it is made of"
     return _Merger(lifted, program).run()
 
-# %% ../../nbs/fold/13_graph.ipynb #32a45039
+# %% ../../nbs/fold/13_graph.ipynb #e5634189
 class Structured(nn.Module):
     "A module that takes its arguments, keyword arguments included, one after the other"
     def __init__(self, module, spec):
@@ -444,13 +448,14 @@ class GraphFold(Fold):
         self.exported = new.exported()
         self.target = Structured(self.exported.module(), self.spec)
 
-# %% ../../nbs/fold/13_graph.ipynb #a65382cd
+# %% ../../nbs/fold/13_graph.ipynb #a5d7f375
 def _merged_note(merged):
     shown = '; '.join(f"{path} is {' and '.join(parts)}" for path,parts in list(merged.items())[:2])
     return f"{sum(map(len, merged.values()))} parallel branches became {len(merged)} layers: {shown}{'; …' if len(merged)>2 else '.'}"
 
+@patch
 @in_words()
-def _fold_graph(self:BNFolder,
+def fold_graph(self:BNFolder,
     ep:ExportedProgram,  # From `torch.export.export`, with example inputs; it is not changed
     xb=None              # A batch: a tensor, or a tuple of the positional arguments; the example inputs of `ep` if left out
 ) -> ExportedProgram:    # The folded graph, with the inputs, outputs and dynamic shapes of `ep`
@@ -469,5 +474,3 @@ def _fold_graph(self:BNFolder,
     if fold.merged: report.notes.append(_merged_note(fold.merged))
     self.report = report
     return new
-
-BNFolder.fold_graph = _fold_graph

@@ -6,18 +6,18 @@
 __all__ = ['ops', 'op_of', 'op_name', 'has_schema', 'arguments', 'nodes_in', 'writes', 'may_alias', 'reads_shape_only', 'looks',
            'is_random']
 
-# %% ../../nbs/fold/01_ops.ipynb #96e75da3
+# %% ../../nbs/fold/01_ops.ipynb #bc708852
 import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_flatten
 
-# %% ../../nbs/fold/01_ops.ipynb #bda03405
+# %% ../../nbs/fold/01_ops.ipynb #8372eddb
 def ops(*names) -> list:
     "The aten ops of these names, the in-place forms (`name_`) included, where this version of torch has them"
     both = [name+end for name in names for end in ('','_')]
     return [getattr(torch.ops.aten, name) for name in both if hasattr(torch.ops.aten, name)]
 
-# %% ../../nbs/fold/01_ops.ipynb #173e1ede
+# %% ../../nbs/fold/01_ops.ipynb #c01c7be6
 _to_numpy = {*ops('resolve_conj','resolve_neg')} # all that a trace shows of `.numpy()` and `.tolist()`
 
 def op_of(node:Node):
@@ -44,7 +44,7 @@ def nodes_in(arg) -> list:
     "All nodes in an argument, whatever lists hold them"
     return [o for o in tree_flatten(arg)[0] if isinstance(o, Node)]
 
-# %% ../../nbs/fold/01_ops.ipynb #5f75917e
+# %% ../../nbs/fold/01_ops.ipynb #ae187c54
 _copies_rarely = {*ops('reshape','flatten','contiguous','dropout','feature_dropout','alpha_dropout','feature_alpha_dropout',
     'to','type_as','reshape_as','pad','channel_shuffle','native_channel_shuffle','atleast_1d','atleast_2d','atleast_3d',
     'broadcast_tensors','meshgrid','unsafe_chunk','unsafe_split','unsafe_split_with_sizes','_unsafe_view','einsum',
@@ -69,7 +69,7 @@ def may_alias(node:Node) -> list:
         if arg.alias_info is not None: shared += nodes
     return shared
 
-# %% ../../nbs/fold/01_ops.ipynb #62773fd3
+# %% ../../nbs/fold/01_ops.ipynb #abfcce3f
 _shape_only = {*ops('reshape_as','view_as','expand_as','zeros_like','ones_like','full_like','empty_like','rand_like','randn_like',
                     'new_zeros','new_ones','new_full','new_empty','type_as','sym_size','sym_numel','sym_stride')}
 

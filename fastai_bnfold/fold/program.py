@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Call', 'out_of_place', 'Program', 'program_of', 'shape_of', 'own_copy', 'program_of_graph']
 
-# %% ../../nbs/fold/03_program.ipynb #7a64eac4
+# %% ../../nbs/fold/03_program.ipynb #db7ed810
 import gc, torch
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,10 +17,11 @@ from torch.utils._pytree import tree_flatten, tree_map
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from ..errors import *
+from .affine import patch
 from .ops import *
 from .inputs import *
 
-# %% ../../nbs/fold/03_program.ipynb #836fc6aa
+# %% ../../nbs/fold/03_program.ipynb #a69b3fe0
 @dataclass(eq=False)
 class Call:
     "One call of a module during the run"
@@ -61,7 +62,7 @@ class _Calls:
         finally:
             for hook in hooks: hook.remove()
 
-# %% ../../nbs/fold/03_program.ipynb #2255fb80
+# %% ../../nbs/fold/03_program.ipynb #b56bb4bf
 @contextmanager
 def out_of_place(model:nn.Module):
     "While active, no module of `model` with a flag `inplace` works in place"
@@ -81,77 +82,7 @@ def _still_alive(known):
     if alive(): gc.collect() # it may only wait for this
     return alive()
 
-# %% ../../nbs/fold/03_program.ipynb #646d9e3a
-class Program:
-    "A dataflow: nodes in the order of execution, with their shapes, who owns them, what they read. It does not change"
-    def __init__(self,
-        gm:GraphModule,     # Takes `inputs`, returns what the run returned
-        inputs:list,        # One value per placeholder of `gm`
-        tensors:dict,       # Node → the parameter, buffer or constant that it stands for
-        places:dict,        # id of a tensor → every `(path, name, is it a parameter?)` at which it is registered
-        vals:dict,          # Node → its value's shape, dtype and strides (a tensor without numbers), or the value itself if it is no tensor
-        owner:dict,         # Name of a node → the `Call` in which it ran
-        calls:tuple=(),     # In order
-        outputs:tuple=(),   # Of the run
-        kept:frozenset=frozenset(), # Nodes whose values somebody keeps after the run
-        scripted:frozenset=frozenset(), # Paths of the modules that TorchScript compiled
-        free:bool=False     # May every operator be replaced on its own (as in an exported graph), or only modules?
-    ):
-        self.gm,self.inputs,self.outputs,self.kept,self.scripted,self.free = gm,inputs,outputs,kept,scripted,free
-        self.nodes = tuple(gm.graph.nodes)
-        self.at = {node: i for i,node in enumerate(self.nodes)} # node → its place in the order of execution
-        self._tensors,self._places,self._vals,self._owner,self.calls = tensors,places,vals,owner,calls
-        self._set_calls(); self._set_memory(); self._set_constants(); self._set_readers()
-        self._named = {self.name_of(tensor): tensor for tensor in tensors.values()}
-        self.answers,self._numbers,self.devices = {},{},{} # what was asked for already; devices of values of a graph
-
-# %% ../../nbs/fold/03_program.ipynb #3bdbe26a
-def _set_calls(self:Program):
-    self.n_calls,self._children,self._ops = {},{},{}
-    for call in self.calls:
-        self.n_calls[call.module] = self.n_calls.get(call.module, 0) + 1
-        self._children.setdefault(id(call.parent), []).append(call)
-
-def _set_memory(self:Program):
-    "Which values may share memory"
-    self._alias = {node: {node} for node in self.nodes}
-    for node in self.nodes:
-        for other in may_alias(node): self._merge(node, other)
-
-def _merge(self:Program, node, other):
-    small,large = sorted((self._alias[node], self._alias[other]), key=len)
-    if small is large: return
-    large |= small
-    for o in small: self._alias[o] = large
-
-def _set_constants(self:Program):
-    "What is computed from parameters and buffers alone"
-    written = set()
-    for node in self.nodes:
-        if writes(node): written |= self._alias[node]
-    self._const = {}
-    for node in self.nodes:
-        made = node.op=='call_function' and bool(node.all_input_nodes) and all(self._const[i] for i in node.all_input_nodes)
-        self._const[node] = node not in written and (node in self._tensors or made and not is_random(node))
-        call = self.call(node)
-        if node.op=='call_function' and not self._const[node] and call: self._ops.setdefault(id(call), []).append(node)
-        if self.writes(node): self._merge(node, node.all_input_nodes[0])
-    self.spoils = {node for node in self.nodes if writes(node) and self.read_after(node)} # the graph does not show what is read then
-
-def _set_readers(self:Program):
-    "Of every parameter and buffer: the nodes that read it, through whatever constants are made of it"
-    self._leaves,self._readers = {},{}
-    for node in self.nodes:
-        if node in self._tensors: self._leaves[node] = frozenset([node]); continue
-        inputs = [i for i in node.all_input_nodes if self._const[i]]
-        if self._const[node]: self._leaves[node] = frozenset().union(*(self._leaves[i] for i in inputs))
-        else:
-            read = frozenset().union(*(self._leaves[i] for i in inputs if not reads_shape_only(node, i)))
-            for leaf in read: self._readers.setdefault(id(self._tensors[leaf]), []).append(node)
-
-for _f in (_set_calls, _set_memory, _merge, _set_constants, _set_readers): setattr(Program, _f.__name__, _f)
-
-# %% ../../nbs/fold/03_program.ipynb #0cdaacbe
+# %% ../../nbs/fold/03_program.ipynb #9ce0d0d8
 def _numbers(tensor):
     "On the CPU, in float64 if it is floating point"
     value = tensor.detach().cpu()
@@ -204,7 +135,7 @@ class _Asked:
         "Is the module at this path compiled by TorchScript?"
         return path in self.scripted
 
-# %% ../../nbs/fold/03_program.ipynb #f5330c44
+# %% ../../nbs/fold/03_program.ipynb #a16fe1ec
 class _Values(_Asked):
     def val(self, node:Node):
         "The value of `node` without its numbers; of what is no tensor (a size), the value"
@@ -241,7 +172,7 @@ class _Values(_Asked):
         "The nodes at which the model looks at its data"
         return [node for node in self.nodes if looks(node) and not self.is_const(node)]
 
-# %% ../../nbs/fold/03_program.ipynb #2c6d796b
+# %% ../../nbs/fold/03_program.ipynb #7ee8e9ac
 class _Homes(_Values):
     def call(self, node:Node):
         "The innermost module call in which `node` ran"
@@ -274,11 +205,80 @@ class _Homes(_Values):
         if self.free: return self
         return Program(self.gm, self.inputs, self._tensors, self._places, self._vals, self._owner, self.calls, self.outputs, self.kept, self.scripted, free=True)
 
-for _cls in (_Asked, _Values, _Homes):
-    for _name,_f in vars(_cls).items():
-        if not _name.startswith('__'): setattr(Program, _name, _f)
+# %% ../../nbs/fold/03_program.ipynb #85fd0239
+class Program(_Homes):
+    "A dataflow: nodes in the order of execution, with their shapes, who owns them, what they read. It does not change"
+    def __init__(self,
+        gm:GraphModule,     # Takes `inputs`, returns what the run returned
+        inputs:list,        # One value per placeholder of `gm`
+        tensors:dict,       # Node → the parameter, buffer or constant that it stands for
+        places:dict,        # id of a tensor → every `(path, name, is it a parameter?)` at which it is registered
+        vals:dict,          # Node → its value's shape, dtype and strides (a tensor without numbers), or the value itself if it is no tensor
+        owner:dict,         # Name of a node → the `Call` in which it ran
+        calls:tuple=(),     # In order
+        outputs:tuple=(),   # Of the run
+        kept:frozenset=frozenset(), # Nodes whose values somebody keeps after the run
+        scripted:frozenset=frozenset(), # Paths of the modules that TorchScript compiled
+        free:bool=False     # May every operator be replaced on its own (as in an exported graph), or only modules?
+    ):
+        self.gm,self.inputs,self.outputs,self.kept,self.scripted,self.free = gm,inputs,outputs,kept,scripted,free
+        self.nodes = tuple(gm.graph.nodes)
+        self.at = {node: i for i,node in enumerate(self.nodes)} # node → its place in the order of execution
+        self._tensors,self._places,self._vals,self._owner,self.calls = tensors,places,vals,owner,calls
+        self._set_calls(); self._set_memory(); self._set_constants(); self._set_readers()
+        self._named = {self.name_of(tensor): tensor for tensor in tensors.values()}
+        self.answers,self._numbers,self.devices = {},{},{} # what was asked for already; devices of values of a graph
 
-# %% ../../nbs/fold/03_program.ipynb #2bab9e3d
+# %% ../../nbs/fold/03_program.ipynb #5d3252c5
+@patch
+def _set_calls(self:Program):
+    self.n_calls,self._children,self._ops = {},{},{}
+    for call in self.calls:
+        self.n_calls[call.module] = self.n_calls.get(call.module, 0) + 1
+        self._children.setdefault(id(call.parent), []).append(call)
+
+@patch
+def _set_memory(self:Program):
+    "Which values may share memory"
+    self._alias = {node: {node} for node in self.nodes}
+    for node in self.nodes:
+        for other in may_alias(node): self._merge(node, other)
+
+@patch
+def _merge(self:Program, node, other):
+    small,large = sorted((self._alias[node], self._alias[other]), key=len)
+    if small is large: return
+    large |= small
+    for o in small: self._alias[o] = large
+
+@patch
+def _set_constants(self:Program):
+    "What is computed from parameters and buffers alone"
+    written = set()
+    for node in self.nodes:
+        if writes(node): written |= self._alias[node]
+    self._const = {}
+    for node in self.nodes:
+        made = node.op=='call_function' and bool(node.all_input_nodes) and all(self._const[i] for i in node.all_input_nodes)
+        self._const[node] = node not in written and (node in self._tensors or made and not is_random(node))
+        call = self.call(node)
+        if node.op=='call_function' and not self._const[node] and call: self._ops.setdefault(id(call), []).append(node)
+        if self.writes(node): self._merge(node, node.all_input_nodes[0])
+    self.spoils = {node for node in self.nodes if writes(node) and self.read_after(node)} # the graph does not show what is read then
+
+@patch
+def _set_readers(self:Program):
+    "Of every parameter and buffer: the nodes that read it, through whatever constants are made of it"
+    self._leaves,self._readers = {},{}
+    for node in self.nodes:
+        if node in self._tensors: self._leaves[node] = frozenset([node]); continue
+        inputs = [i for i in node.all_input_nodes if self._const[i]]
+        if self._const[node]: self._leaves[node] = frozenset().union(*(self._leaves[i] for i in inputs))
+        else:
+            read = frozenset().union(*(self._leaves[i] for i in inputs if not reads_shape_only(node, i)))
+            for leaf in read: self._readers.setdefault(id(self._tensors[leaf]), []).append(node)
+
+# %% ../../nbs/fold/03_program.ipynb #abab59c2
 def _places_of(model):
     "id of a tensor → every `(path, name, is it a parameter?)` at which it is registered, once per module"
     paths,places = {},{}
@@ -322,7 +322,7 @@ def program_of(
     scripted = frozenset(path for module,path in paths.items() if isinstance(module, torch.jit.ScriptModule))
     return Program(gm, inputs, tensors, places, vals, calls.owner, tuple(calls.calls), tuple(seen['out']), kept, scripted)
 
-# %% ../../nbs/fold/03_program.ipynb #2e59f936
+# %% ../../nbs/fold/03_program.ipynb #8d22b2b4
 class _Run(torch.fx.Interpreter):
     "A run that notes what the values are, without keeping their numbers"
     def __init__(self, gm): super().__init__(gm); self.vals,self.devices = {},{}
@@ -350,7 +350,7 @@ def _paths(nodes) -> dict:
         res[node] = path if all(part.isidentifier() or part.isdigit() for part in path.split('.')) else ''
     return res
 
-# %% ../../nbs/fold/03_program.ipynb #37562533
+# %% ../../nbs/fold/03_program.ipynb #8b44e42f
 @dataclass(eq=False)
 class _Exported:
     "Stands for the module from which nodes were exported"

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Row', 'text_table', 'html_table', 'FoldTable', 'FoldReport']
 
-# %% ../../nbs/fold/07_report.ipynb #7bcef76a
+# %% ../../nbs/fold/07_report.ipynb #400433e8
 from dataclasses import dataclass, field, asdict
 from html import escape
+from .affine import patch
 
-# %% ../../nbs/fold/07_report.ipynb #fed953ae
+# %% ../../nbs/fold/07_report.ipynb #ee4b5997
 @dataclass
 class Row:
     "What becomes of a batch norm"
@@ -34,7 +35,7 @@ class Row:
         clamps = f"; {', '.join(self.acts)} clamps per channel" if self.acts else ''
         return f"{self.how} into {where}{clamps}"
 
-# %% ../../nbs/fold/07_report.ipynb #f4627a27
+# %% ../../nbs/fold/07_report.ipynb #d210148e
 def _num(x) -> str:
     "A number for a table"
     if x is None: return ''
@@ -58,7 +59,7 @@ def html_table(head:list, rows:list) -> str:
     body = ''.join(f'<tr>{cells("td", row)}</tr>' for row in rows)
     return f'<table><thead><tr>{cells("th", head)}</tr></thead><tbody>{body}</tbody></table>'
 
-# %% ../../nbs/fold/07_report.ipynb #bfbdd62f
+# %% ../../nbs/fold/07_report.ipynb #b9c2d4ba
 class FoldTable:
     "Rows, and ways to show them"
     verb = 'folded'
@@ -93,29 +94,30 @@ class FoldTable:
     def _figures(self): return [], []
     def _rows(self): return [[row.bn, row.fate] for row in self.kept + [row for row in self.rows if row.folded]]
 
-# %% ../../nbs/fold/07_report.ipynb #4b3f080f
+# %% ../../nbs/fold/07_report.ipynb #2b685b26
 def _as_text(self:FoldTable) -> str:
     parts = [self._title()]
     if self._figures()[1]: parts.append(text_table(*self._figures()))
     if self.rows: parts.append(text_table(self._head, self._rows(), left=2))
     return '\n\n'.join(parts)
 
-def _as_html(self:FoldTable) -> str:
+@patch
+def _repr_html_(self:FoldTable) -> str:
     html = f'<p><b>{escape(self._title())}</b></p>'
     if self._figures()[1]: html += html_table(*self._figures())
     if not self.rows: return html
     summary = '<summary>every batch norm: where it went, or why it stays</summary>'
     return html + f'<details{" open" if self.kept else ""}>{summary}{html_table(self._head, self._rows())}</details>'
 
-def _to_df(self:FoldTable):
+@patch
+def to_df(self:FoldTable):
     "The rows as a `pandas.DataFrame`"
     import pandas as pd
     return pd.DataFrame([asdict(row) for row in self.rows], columns=list(Row.__dataclass_fields__))
 
 FoldTable.__str__ = FoldTable.__repr__ = _as_text
-FoldTable._repr_html_,FoldTable.to_df = _as_html,_to_df
 
-# %% ../../nbs/fold/07_report.ipynb #1cbe0c15
+# %% ../../nbs/fold/07_report.ipynb #7a191a2c
 @dataclass(repr=False)
 class FoldReport(FoldTable):
     "What a fold did, and the evidence that it changed nothing else"
@@ -141,7 +143,7 @@ class FoldReport(FoldTable):
         "Everything, as plain types (for JSON)"
         return dict(n_bn=self.n_bn, n_folded=self.n_folded) | asdict(self)
 
-# %% ../../nbs/fold/07_report.ipynb #62bbab5f
+# %% ../../nbs/fold/07_report.ipynb #f12c1e6c
 def _ms(seconds): return None if seconds is None else f"{seconds*1e3:.2f} ms"
 
 def _speed(speedup): return f"{speedup:.2f}x faster" if speedup>=1 else f"{1/speedup:.2f}x slower"
@@ -151,6 +153,7 @@ def _difference(before, after):
     if after==before: return '0'
     return f"{after-before:+,}" if isinstance(before, int) else f"{after-before:+.2g}"
 
+@patch
 def _figures(self:FoldReport):
     rows = []
     def add(name, before, after, difference=None): rows.append([name, _num(before), _num(after), difference or _difference(before, after)])
@@ -160,7 +163,8 @@ def _figures(self:FoldReport):
     for name,value in self.metrics_before.items(): add(name, value, self.metrics_after.get(name))
     return ['', 'before', 'after', 'difference'], rows
 
-def _report_title(self:FoldReport):
+@patch
+def _title(self:FoldReport):
     title = FoldTable._title(self)
     if self.rows and self.max_err is None: title += '; not verified'
     elif self.rows:
@@ -169,9 +173,7 @@ def _report_title(self:FoldReport):
     if self.n_changed is not None: title += f"; {self.n_changed:,} of {self.n_items:,} predictions changed"
     return '\n'.join([title, *self.notes])
 
-FoldReport._figures,FoldReport._title = _figures,_report_title
-
-# %% ../../nbs/fold/07_report.ipynb #0890a557
+# %% ../../nbs/fold/07_report.ipynb #fd84a531
 def _bars(ax, values, name, fmt):
     bars = ax.bar(['before','after'], [value or 0 for value in values], color=['#9aa5b1','#2f80ed'], width=.6)
     ax.bar_label(bars, [fmt(value) if value is not None else 'not measured' for value in values], padding=2)
@@ -186,7 +188,8 @@ def _fates(ax, rows, n_kept):
     ax.set_title('batch norms', fontsize=10); ax.margins(x=.15); ax.invert_yaxis()
     ax.spines[['top','right','bottom']].set_visible(False); ax.set_xticks([])
 
-def _plot(self:FoldReport,
+@patch
+def plot(self:FoldReport,
     axs=None,           # Four matplotlib axes; made if left out
     title:str=None      # Title of the figure
 ):
@@ -200,5 +203,3 @@ def _plot(self:FoldReport,
     _bars(axs[2], [self.metrics_before.get(metric), self.metrics_after.get(metric)], metric or 'validation', lambda v: f"{v:.4f}")
     _fates(axs[3], self.rows, len(self.kept))
     return axs
-
-FoldReport.plot = _plot

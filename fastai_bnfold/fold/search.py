@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Found', 'deep', 'Search', 'splits', 'ways']
 
-# %% ../../nbs/fold/06_search.ipynb #384161fd
+# %% ../../nbs/fold/06_search.ipynb #50f225fa
 import sys, torch
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from .rules.arithmetic import *
 from .rules.clamps import *
 from .sums import *
 
-# %% ../../nbs/fold/06_search.ipynb #4a9f63e2
+# %% ../../nbs/fold/06_search.ipynb #c9efe828
 @dataclass
 class Found:
     "What a pass found: the edits, and what becomes of the values in between"
@@ -41,7 +41,7 @@ def deep():
     try: sys.setrecursionlimit(max(limit, 10_000)); yield
     finally: sys.setrecursionlimit(limit)
 
-# %% ../../nbs/fold/06_search.ipynb #27e14d00
+# %% ../../nbs/fold/06_search.ipynb #f34622f3
 class Search(View):
     "The passes over a program in a state"
     def __init__(self, program, state): super().__init__(program, state); self._answers = {}
@@ -73,9 +73,10 @@ class Search(View):
         names = list(dict.fromkeys(self.where(node) for node in nodes))
         return ', '.join(names[:2]) + (f' and {len(names)-2} others' if len(names)>2 else '')
 
-# %% ../../nbs/fold/06_search.ipynb #ffec1e70
+# %% ../../nbs/fold/06_search.ipynb #8525c816
 def _reader_of(value): return value.args[0] if op_name(value)=='getitem' else value
 
+@patch
 def _agreed(self:Search, value, by_reader):
     "The one map that all readers demand of `value`; `Stop` if they demand different ones"
     first,*more = [compress(amap.aligned(len(self.shape(value)))) for amap in by_reader.values()]
@@ -83,10 +84,12 @@ def _agreed(self:Search, value, by_reader):
         raise Stop(f"the output of {self.where(value)}, which is read by {self._some(by_reader)} with different maps", 'read elsewhere')
     return first
 
+@patch
 def _read_elsewhere(self:Search, value, others):
     return Stop(f"the output of {self.where(value)}, which is also read by {self._some(others)}", 'read elsewhere')
 
-def _backward(self:Search,
+@patch
+def backward(self:Search,
     demands:dict   # Value → {reader: the map that is wanted on the way to this reader}
 ) -> Found:
     "Go against the flow, from the last value to the first"
@@ -107,6 +110,7 @@ def _backward(self:Search,
             by[reader] = by[reader].then(wanted) if reader in by else wanted # outputs of one `chunk`: each brings its part
     return found
 
+@patch
 def _beside(self:Search, value, amap, by_reader, others):
     "Somebody else reads the value as it is: only a layer beside it can take the map"
     sibling = beside(self, value, amap, *by_reader) if len(by_reader)==1 else None
@@ -116,10 +120,9 @@ def _beside(self:Search, value, amap, by_reader, others):
     while self.hands_on(node): handing.add(node); [node] = self.users(node)
     return Found([edit], between=between|handing)
 
-Search.backward,Search._agreed,Search._beside,Search._read_elsewhere = _backward,_agreed,_beside,_read_elsewhere
-
-# %% ../../nbs/fold/06_search.ipynb #6a834835
-def _why_not(self:Search,
+# %% ../../nbs/fold/06_search.ipynb #a1dfee80
+@patch
+def why_not(self:Search,
     value:Node,
     reader:Node,
     amap:Affine  # Wanted on the way from `value` to `reader`
@@ -132,6 +135,7 @@ def _why_not(self:Search,
         else: self._answers[key] = None
     return self._answers[key]
 
+@patch
 def _try(self:Search, value, reader, amap):
     amap = compress(amap.aligned(len(self.shape(value))))
     if amap.is_identity: return
@@ -143,10 +147,9 @@ def _try(self:Search, value, reader, amap):
         if not isinstance(part, tuple): continue
         if stop := self.why_not(part[0], _reader_of(value), part[1]): raise stop
 
-Search.why_not,Search._try = _why_not,_try
-
-# %% ../../nbs/fold/06_search.ipynb #ad20f2c4
-def _forward(self:Search,
+# %% ../../nbs/fold/06_search.ipynb #d4bb0aec
+@patch
+def forward(self:Search,
     maps:dict   # Value → the map that is taken out in front of it, and put off
 ) -> Found:
     "Go with the flow, from the first reader to the last"
@@ -165,9 +168,7 @@ def _forward(self:Search,
             todo |= set(self.users(value))
     return found
 
-Search.forward = _forward
-
-# %% ../../nbs/fold/06_search.ipynb #1b75e229
+# %% ../../nbs/fold/06_search.ipynb #c9ac17c0
 def splits(amap:Affine) -> list:
     "Pairs of maps `(before, after)`, each of which make up `amap`"
     scale,shift = torch.broadcast_tensors(amap.scale, amap.shift)
@@ -189,7 +190,7 @@ def ways(amap:Affine, how:str) -> list:
     one = Affine.one()
     return {'backward': [(amap, one)], 'forward': [(one, amap)], 'split': splits(amap)}[how]
 
-# %% ../../nbs/fold/06_search.ipynb #205212bb
+# %% ../../nbs/fold/06_search.ipynb #39b0ad72
 def _by(edits, key):
     groups = {}
     for edit in edits: groups.setdefault(key(edit), []).append(edit)
@@ -203,6 +204,7 @@ def _of_one_use(edits):
         if len(other)!=len(first) or not all(map(alike, other, first)): return None
     return first
 
+@patch
 def _check_weight(self:Search, name, edits):
     "The edits to a weight, once; `Stop` if not every use of it wants the same"
     uses,node = {edit.node for edit in edits},edits[0].node
@@ -215,12 +217,14 @@ def _check_weight(self:Search, name, edits):
         raise Stop(f"{self.where(node)}, whose weight is used {n_uses} times, and not every use meets the same map", 'shared weight')
     return [replace(edit, uses=tuple(uses)) for edit in once] if len(uses)>1 else once
 
+@patch
 def _readers_through(self:Search, node):
     "The nodes that read a constant, through whatever is made of it"
     res = []
     for user in node.users: res += self._readers_through(user) if self.is_const(user) else [user]
     return res
 
+@patch
 def _check_activation(self:Search, edits):
     "The new bounds of the activation of one module; `Stop` if not all its calls want the same"
     first = edits[0]
@@ -231,8 +235,9 @@ def _check_activation(self:Search, edits):
         raise Stop(f"`{first.path}` ({self.call(first.node).module._get_name()}), whose bounds would have to change: it is shared by {n_calls} calls", 'shared activation')
     return edits
 
-# %% ../../nbs/fold/06_search.ipynb #5a9cbf7d
-def _check_memory(self:Search,
+# %% ../../nbs/fold/06_search.ipynb #c5104ec1
+@patch
+def check_memory(self:Search,
     now:View,     # The program before the fold
     first:Node,   # Of the nodes that go
     last:Node,
@@ -255,7 +260,8 @@ def _once(rebounds):
         last[edit.node] = replace(edit, extra=edit.extra+before.extra) if before else edit
     return list(last.values())
 
-def _checked(self:Search, found:Found) -> Found:
+@patch
+def checked(self:Search, found:Found) -> Found:
     "`found`, with the edits of layers and activations that are used several times made once; `Stop` where that cannot be"
     absorbs = [e for e in found.edits if isinstance(e, Absorb)]
     rebounds = [e for e in found.edits if isinstance(e, Rebound)]
@@ -264,6 +270,3 @@ def _checked(self:Search, found:Found) -> Found:
     for path,group in _by(_once(rebounds), lambda e: e.path).items(): edits += self._check_activation(group)
     edits.sort(key=lambda e: isinstance(e, Absorb) and e.side.startswith('beside')) # after what lies behind a layer comes what lies beside it
     return replace(found, edits=edits)
-
-Search.checked,Search.check_memory = _checked,_check_memory
-for _f in (_check_weight, _check_activation, _readers_through): setattr(Search, _f.__name__, _f)

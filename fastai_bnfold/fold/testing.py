@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['randomize_bn', 'rule_holds']
 
-# %% ../../nbs/fold/12_testing.ipynb #dada5160
+# %% ../../nbs/fold/12_testing.ipynb #c55e9ab7
 import torch
 from torch import nn
 from ..errors import *
 from .folder import *
 from .verify import *
 
-# %% ../../nbs/fold/12_testing.ipynb #f64af9f2
+# %% ../../nbs/fold/12_testing.ipynb #243ef094
 def randomize_bn(
     model:nn.Module, # Changed in place
     seed:int=0       # Of a generator of its own
@@ -32,7 +32,7 @@ def randomize_bn(
             if len(module.weight)>4*(i+1): module.weight.data[4*i] = gamma
     return model
 
-# %% ../../nbs/fold/12_testing.ipynb #d2f7675f
+# %% ../../nbs/fold/12_testing.ipynb #eb847c78
 class _Between(nn.Module):
     "`f` between a layer and a BN"
     def __init__(self, f, n_in, n_bn, nd, backward):

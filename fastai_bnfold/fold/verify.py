@@ -7,7 +7,7 @@ __all__ = ['local_bound', 'Claim', 'claims_of', 'LocalProof', 'reads_shape_only_
            'paths_of', 'record', 'Changed', 'wrong_ways', 'perturbed', 'other_inputs', 'max_err', 'channel_err',
            'tolerance', 'amplification']
 
-# %% ../../nbs/fold/10_verify.ipynb #32b9e6fa
+# %% ../../nbs/fold/10_verify.ipynb #53c0288c
 import copy, operator, torch
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from .rules.movement import *
 from .plan import *
 from .apply import *
 
-# %% ../../nbs/fold/10_verify.ipynb #68405dcf
+# %% ../../nbs/fold/10_verify.ipynb #52bdef53
 @dataclass(frozen=True)
 class Claim:
     "What becomes of a value: unfolded it is `was(w)`, folded `becomes(w)`"
@@ -55,7 +55,7 @@ def claims_of(steps) -> tuple:
         for value,amap in step.wanted.items(): claims[value] = claims.get(value, Claim()).wanted(amap)
     return claims, between
 
-# %% ../../nbs/fold/10_verify.ipynb #8730d2a6
+# %% ../../nbs/fold/10_verify.ipynb #96958454
 def _noise_like(x, generator):
     "Random numbers as large as those of `x`"
     size = x.std(correction=0) if x.numel() else x.new_tensor(1.)
@@ -73,7 +73,7 @@ def _positions(node, view):
 
 _alike = {*bn_ops, *ops('relu','relu6','hardtanh','clamp','clamp_min','clamp_max','leaky_relu','abs','sigmoid')} # every position alone
 
-# %% ../../nbs/fold/10_verify.ipynb #92dbcc8d
+# %% ../../nbs/fold/10_verify.ipynb #07db338a
 class LocalProof(torch.fx.Interpreter):
     "Runs a program, and computes every operation that a plan touches unfolded and folded; `errors` has the result, node by node"
     def __init__(self, program:Program, steps:list, state:State):
@@ -113,7 +113,8 @@ def reads_shape_only_of_all(node:Node) -> bool:
     "Does `node` want of all its inputs their shapes alone?"
     return all(reads_shape_only(node, i) for i in node.all_input_nodes)
 
-# %% ../../nbs/fold/10_verify.ipynb #41ced160
+# %% ../../nbs/fold/10_verify.ipynb #7281e111
+@patch
 def _sample(self:LocalProof, node, value):
     "The numbers of a value that `node` reads, float64, as many as are enough"
     if not isinstance(value, Tensor) or not value.is_floating_point(): return value
@@ -125,6 +126,7 @@ def _sample(self:LocalProof, node, value):
     x = cut.detach().cpu().to(torch.float64, copy=True)
     return x if cut is value else torch.cat([x, _noise_like(x, self.generator)])
 
+@patch
 def _is_by_channel(self:LocalProof, node, dim):
     "Do all claims around `node` differ along the dimension `dim` only?"
     for i in (node, *node.all_input_nodes):
@@ -135,6 +137,7 @@ def _is_by_channel(self:LocalProof, node, dim):
             if any(size>1 for d,size in enumerate(aligned.scale.shape) if d!=dim): return False
     return True
 
+@patch
 def _pair(self:LocalProof, node, i):
     "The input `i` of `node`, unfolded and folded"
     if i in self.carried: return self.carried[i]
@@ -146,12 +149,14 @@ def _pair(self:LocalProof, node, i):
 
 def _copied(x): return x.clone() if isinstance(x, Tensor) else x
 
+@patch
 def _map(self:LocalProof, amap, i, x):
     "`x`, a part of the value `i`, after the map"
     ndim = len(self.program.shape(i))
     return (amap.aligned(ndim) if x.ndim==ndim else amap.view(-1))(x)
 
-# %% ../../nbs/fold/10_verify.ipynb #0d309161
+# %% ../../nbs/fold/10_verify.ipynb #c2d1245a
+@patch
 def _const(self:LocalProof, node, i):
     "The constant `i`, folded: exact, and stored for later"
     weight = self.by_node.get(node) or self.by_node.get(i)
@@ -160,6 +165,7 @@ def _const(self:LocalProof, node, i):
     name = self.program.name_of(tensor) if tensor is not None else None
     return self.exact[name] if name in self.exact else self.becomes.const(i)
 
+@patch
 def _store(self:LocalProof, weight):
     self.exact = exact_parameters(self.program, self.edits[weight]) # (of one layer at a time: it is large)
     self.parameters[weight] = store(self.program, self.exact)
@@ -177,6 +183,7 @@ def _check_rounding(name, exact, new):
     if not (flushed | (rounded==new)).all():
         raise VerificationError(f"What is stored in `{name}` is not what was computed for it. Nothing was folded.")
 
+@patch
 def _computed(self:LocalProof, node):
     "The value of `node`, unfolded and folded, float64"
     pairs = {i: self._pair(node, i) for i in node.all_input_nodes}
@@ -185,6 +192,7 @@ def _computed(self:LocalProof, node):
     else: was = call_op(node, map_arg(node.args, at(0)), map_arg(node.kwargs, at(0)))
     return was, self._folded(node, pairs, at(1))
 
+@patch
 def _folded(self:LocalProof, node, pairs, given):
     state = self.becomes.state
     if node in state.gone: return pairs[state.gone[node]][1]
@@ -194,7 +202,8 @@ def _folded(self:LocalProof, node, pairs, given):
     args = {name: map_arg(arg, given) for name,arg in arguments(node).items()} | {'bias': self.bias[node]}
     return node.target(*args.values())
 
-# %% ../../nbs/fold/10_verify.ipynb #cf198879
+# %% ../../nbs/fold/10_verify.ipynb #189fc011
+@patch
 def _check(self:LocalProof, node):
     "Compute `node` both ways, and compare what its claim says of it"
     was,folded = self._computed(node)
@@ -208,6 +217,7 @@ def _check(self:LocalProof, node):
         expected,got = was,self._map(claim.becomes.inverse().then(claim.was), node, folded)
     self.errors[node] = relative_error(expected, got, self._channels(node, expected))
 
+@patch
 def _channels(self:LocalProof, node, value):
     "The dimension of the channels"
     if op_name(node) in ('linear','matmul','mm','addmm','embedding','layer_norm'): return value.ndim-1
@@ -218,9 +228,7 @@ def _channels(self:LocalProof, node, value):
             if size>1: return min(dim+value.ndim-len(shape), value.ndim-1) if dim+value.ndim>=len(shape) else 0
     return min(1, value.ndim-1)
 
-for _f in (_sample, _is_by_channel, _pair, _map, _const, _store, _computed, _folded, _check, _channels): setattr(LocalProof, _f.__name__, _f)
-
-# %% ../../nbs/fold/10_verify.ipynb #97377d50
+# %% ../../nbs/fold/10_verify.ipynb #b24cd4fd
 local_bound = 1e-7 # relative to a channel, in float64: beyond every rounding, far below every mistake
 
 def steps_at(steps, program) -> dict:
@@ -246,7 +254,7 @@ def prove_locally(program:Program, steps:list, state:State) -> LocalProof:
         for path in owners.get(node, ()): proof.wrong.setdefault(path, (node, error))
     return proof
 
-# %% ../../nbs/fold/10_verify.ipynb #f8542f16
+# %% ../../nbs/fold/10_verify.ipynb #fcce935d
 _layout = {f'aten::{name}' for name in ('clone','contiguous','view','_unsafe_view','_reshape_alias','as_strided','reshape','copy',
     'empty','empty_like','empty_strided','alias','detach')} # where numbers lie in memory: a matter of the values' strides
 
@@ -300,7 +308,7 @@ def record(model:nn.Module, args:tuple, removed:dict=None) -> Recorded:
         except Exception as e: raise cannot_run(args, e) from e
         return Recorded(values_of(out), out, recorder.events, recorder.counts)
 
-# %% ../../nbs/fold/10_verify.ipynb #3089bb11
+# %% ../../nbs/fold/10_verify.ipynb #ffc8cb21
 @dataclass
 class Changed:
     "The modules that a plan changes: their paths"
@@ -344,7 +352,7 @@ def wrong_ways(changed:Changed, example:dict, before:Recorded, after:Recorded) -
         if still: wrong[bn] = f"`forward` still calls `{still[0]}` as it was: it finds it where no module is registered (in a plain list, say)"
     return wrong
 
-# %% ../../nbs/fold/10_verify.ipynb #dae58e3f
+# %% ../../nbs/fold/10_verify.ipynb #fd0fa648
 def perturbed(args:tuple, noise:float=0.1, seed:int=0) -> tuple:
     "`args` with noise on every floating point tensor, at `noise` times its standard deviation"
     generator = torch.Generator().manual_seed(seed)
@@ -395,7 +403,7 @@ def _tensors(args):
     map_tensors(found.append, args)
     return found
 
-# %% ../../nbs/fold/10_verify.ipynb #f1c68a97
+# %% ../../nbs/fold/10_verify.ipynb #75332742
 def max_err(
     before:list, # Output tensors of the unfolded model
     after:list   # And of the folded one
@@ -419,7 +427,7 @@ def tolerance(tensors:list, n_folded:int) -> float:
     eps = max([torch.finfo(o.dtype).eps for o in tensors if o.is_floating_point()], default=torch.finfo(torch.float32).eps)
     return min(max(64*eps*(n_folded+1)**.5, 1e-11), .02)
 
-# %% ../../nbs/fold/10_verify.ipynb #cb8a3e6b
+# %% ../../nbs/fold/10_verify.ipynb #6d24e3b8
 def amplification(model:nn.Module, batches:list) -> float:
     "How far the outputs move if each parameter moves by one rounding; `batches`: pairs of arguments and outputs; infinite where that cannot be measured"
     try: shaken = copy.deepcopy(model)

@@ -6,14 +6,14 @@
 __all__ = ['items', 'average_backward', 'average_forward', 'maximum_backward', 'maximum_forward', 'reduction_forward',
            'reduction_backward']
 
-# %% ../../../nbs/fold/rules/04_pooling.ipynb #f12673e9
+# %% ../../../nbs/fold/rules/04_pooling.ipynb #111e9d48
 import operator, torch
 from ..affine import *
 from ..ops import *
 from .registry import *
 from .movement import items
 
-# %% ../../../nbs/fold/rules/04_pooling.ipynb #26d4eb41
+# %% ../../../nbs/fold/rules/04_pooling.ipynb #9cf3203a
 _averages = ('avg_pool1d','avg_pool2d','avg_pool3d','adaptive_avg_pool1d','adaptive_avg_pool2d','adaptive_avg_pool3d',
     '_adaptive_avg_pool2d','_adaptive_avg_pool3d',
     'upsample_nearest1d','upsample_nearest2d','upsample_nearest3d','_upsample_nearest_exact1d','_upsample_nearest_exact2d',
@@ -36,7 +36,7 @@ def _check_alike(view, node, amap, dims):
     if any(ndim+dim>=0 and amap.scale.shape[dim]>1 for dim in dims):
         raise Stop(f"{view.where(node)}, because the map differs between the positions that it brings together", 'differs by position')
 
-# %% ../../../nbs/fold/rules/04_pooling.ipynb #5ceb64f7
+# %% ../../../nbs/fold/rules/04_pooling.ipynb #ffdab5a1
 @backward(*_averages)
 def average_backward(view, node, amap):
     "The map of the average"
@@ -49,17 +49,17 @@ def average_forward(view, node, amap, source):
     _check_window(view, node, amap)
     return [(node, amap)]
 
-# %% ../../../nbs/fold/rules/04_pooling.ipynb #0009b11d
+# %% ../../../nbs/fold/rules/04_pooling.ipynb #c0c719eb
 _maxima = ('max_pool1d','max_pool2d','max_pool3d','adaptive_max_pool1d','adaptive_max_pool2d','adaptive_max_pool3d',
            'max_pool1d_with_indices','max_pool2d_with_indices','max_pool3d_with_indices')
 
 def _check_order(view, node, amap):
     "A `Stop` if the map does not keep the order of values"
     n_negative = int((amap.scale<0).sum())
-    if n_negative: raise Stop(f"{view.where(node)}, because {n_negative} of the scales are negative", 'negative scale')
+    if n_negative: raise Stop(f"{view.where(node)}, because some scales are negative ({n_negative} of {amap.scale.numel()})", 'negative scale')
     if not (amap.scale==0).any(): return
     indices = [user for user in node.users if op_of(user) is operator.getitem and user.args[1]==1 and user.users]
-    if indices: raise Stop(f"{view.where(node)}, whose indices are read, and {int((amap.scale==0).sum())} of the scales are zero", 'negative scale')
+    if indices: raise Stop(f"{view.where(node)}, whose indices are read, and some scales are zero", 'negative scale')
 
 @backward(*_maxima)
 def maximum_backward(view, node, amap):
@@ -80,7 +80,7 @@ def _item(view, node, amap, item):
 
 items |= dict.fromkeys(ops(*_maxima), _item)
 
-# %% ../../../nbs/fold/rules/04_pooling.ipynb #42cd7edb
+# %% ../../../nbs/fold/rules/04_pooling.ipynb #eb252d65
 def _reduced(node, ndim):
     "The dimensions that `node` reduces (negative), and whether it keeps them"
     args = arguments(node)
