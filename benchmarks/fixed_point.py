@@ -13,7 +13,7 @@ import numpy as np
 from fastai.vision.all import *
 from fastcore.script import call_parse
 from fastai_bnfold.all import *
-from fastai_bnfold.bn_stats import _subset
+from fastai_bnfold.stats.training import subset_dl
 from fastai_bnfold.lab.command import machine
 from fastai_bnfold.lab.data import get_dls
 from fastai_bnfold.lab.training import train
@@ -64,7 +64,7 @@ def accuracy_of(net, batches):
 def network(learn, n_end):
     "All figures of one network, by bits"
     n = len(learn.dls.valid_ds)
-    batches = [(x.as_subclass(Tensor), y.as_subclass(Tensor)) for x,y in _subset(learn.dls.valid, list(range(0, n, n//n_end))[:n_end], 16)]
+    batches = [(x.as_subclass(Tensor), y.as_subclass(Tensor)) for x,y in subset_dl(learn.dls.valid, list(range(0, n, n//n_end))[:n_end], 16)]
     learn.model.eval()
     with torch.no_grad(): res = {'float': dict(accuracy=accuracy_of(learn.model, batches)[0], n=n_end)}
     for bits in (2,4,8):

@@ -12,7 +12,7 @@ import torch, torchvision
 from fastai.vision.all import *
 from fastcore.script import call_parse
 from fastai_bnfold.all import *
-from fastai_bnfold.bn_stats import shares
+from fastai_bnfold.stats.item import shares
 from fastai_bnfold.lab.command import machine
 from fastai_bnfold.lab.data import find_images
 from fastai_bnfold.lab.training import AutocastCPU

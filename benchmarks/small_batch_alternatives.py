@@ -15,7 +15,8 @@ from fastai.vision.all import *
 import copy # fastai has a `copy` of its own
 from fastcore.script import call_parse
 from fastai_bnfold.all import *
-from fastai_bnfold.bn_stats import ItemStatistics, batch_norms
+from fastai_bnfold.stats.batch import batch_norms
+from fastai_bnfold.stats.item import ItemStatistics
 from fastai_bnfold.lab.command import machine
 from fastai_bnfold.fold.report import text_table
 from small_batch import small_images, trained

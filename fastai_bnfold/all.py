@@ -2,7 +2,7 @@
 from .errors import *
 from .fold import Affine, BNFolder, FoldPlan, FoldReport, Row
 from .learner import FoldBN
-from . import bn_stats # Learner.reestimate_bn, Learner.correct_bn, Learner.uncorrect_bn
+from .stats import correct, reestimate # Learner.correct_bn, Learner.uncorrect_bn, Learner.reestimate_bn
 from .deploy import deploy # Learner.deploy
 from .deploy.serve import Deployed
 from .integer.fixed_point import FixedPointBN, fixed_point_bn

@@ -10,7 +10,9 @@ from fastai.callback.all import CSVLogger
 from fastai.callback.training import BnFreeze
 from torchvision.ops import FrozenBatchNorm2d
 from fastai_bnfold.all import *
-from fastai_bnfold.bn_stats import Moments, ItemStatistics, batch_norms, batch_statistics, shares, _choose
+from fastai_bnfold.stats.batch import batch_norms, batch_statistics
+from fastai_bnfold.stats.correct import best_share
+from fastai_bnfold.stats.item import ItemStatistics, shares
 from fastai_bnfold.lab.training import AutocastCPU
 from fastai_bnfold.fold.testing import randomize_bn
 
@@ -313,8 +315,8 @@ def test_alpha_is_chosen(fitted):
 def test_no_gain_no_change():
     "A share that is no significant gain is not taken"
     g = torch.Generator().manual_seed(0); zero = torch.rand(500, generator=g)
-    assert _choose({0.: zero, .1: zero-.05*torch.randn(500, generator=g).abs(), .2: zero+.1})==.1
-    assert _choose({0.: zero, .1: zero+torch.randn(500, generator=g)-.001})==0.
+    assert best_share({0.: zero, .1: zero-.05*torch.randn(500, generator=g).abs(), .2: zero+.1})==.1
+    assert best_share({0.: zero, .1: zero+torch.randn(500, generator=g)-.001})==0.
 
 # --- mistakes
 

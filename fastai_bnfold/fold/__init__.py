@@ -5,4 +5,5 @@ from .report import FoldReport, Row
 from .plan import FoldPlan
 from .folder import BNFolder
 from .graph import * # BNFolder.fold_graph
+from . import draw # FoldPlan.plot
 from .testing import randomize_bn, rule_holds

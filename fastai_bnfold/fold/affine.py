@@ -6,13 +6,13 @@
 __all__ = ['Affine', 'affine_of_bn', 'compress', 'canonical', 'absorb_out', 'absorb_in', 'clamp_after', 'clamp_before', 'Clamp',
            'stored']
 
-# %% ../../nbs/fold/00_affine.ipynb #b6968c68
+# %% ../../nbs/fold/00_affine.ipynb #dac17672
 from dataclasses import dataclass
 import torch, torch.fx, torch.nn.functional as F
 from torch import Tensor, inf, nn
 from ..errors import *
 
-# %% ../../nbs/fold/00_affine.ipynb #daa9feef
+# %% ../../nbs/fold/00_affine.ipynb #b138d5ff
 @dataclass(frozen=True, eq=False)
 class Affine:
     "The map `x ↦ scale*x + shift`; both are float64 and broadcast over the value the map acts on"
@@ -35,7 +35,7 @@ class Affine:
         "The identity map"
         return cls(torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64))
 
-# %% ../../nbs/fold/00_affine.ipynb #728c0791
+# %% ../../nbs/fold/00_affine.ipynb #bec8dc36
 def _float64(x): return None if x is None else x.detach().cpu().double()
 
 def affine_of_bn(
@@ -54,7 +54,7 @@ def affine_of_bn(
 
 Affine.of_bn = staticmethod(affine_of_bn)
 
-# %% ../../nbs/fold/00_affine.ipynb #99b57db8
+# %% ../../nbs/fold/00_affine.ipynb #97474781
 def _view(self:Affine, *shape) -> Affine:
     "The same numbers in another shape"
     return Affine(self.scale.reshape(*shape), self.shift.reshape(*shape))
@@ -76,7 +76,7 @@ def _is_like(self:Affine, other:Affine) -> bool:
 Affine.view,Affine.aligned,Affine.is_like = _view,_aligned,_is_like
 Affine.is_identity = property(_is_identity)
 
-# %% ../../nbs/fold/00_affine.ipynb #8ef02e54
+# %% ../../nbs/fold/00_affine.ipynb #46ce5fb2
 def _range(x, dim):
     "Smallest and largest entry along `dim`, NaN left out"
     lo = torch.where(x.isnan(), inf, x).amin(dim, keepdim=True)
@@ -88,13 +88,16 @@ def compress(amap:Affine) -> Affine:
     scale,shift = amap.scale,amap.shift
     for dim in range(scale.ndim):
         if scale.shape[dim]==1: continue
+        first_s,first_t = scale.narrow(dim, 0, 1),shift.narrow(dim, 0, 1)
+        if (scale==first_s).all() and (shift==first_t).all(): scale,shift = first_s,first_t; continue
+        if not (scale.isnan().any() or shift.isnan().any()): continue
         (lo,hi),(low,high) = _range(scale, dim),_range(shift, dim)
         if not ((lo>=hi).all() and (low>=high).all()): continue
         scale = torch.where(lo>hi, torch.nan, hi)
         shift = torch.where(low>high, torch.nan, high)
     return Affine(torch.where(scale.isnan(), 1., scale), torch.where(shift.isnan(), 0., shift))
 
-# %% ../../nbs/fold/00_affine.ipynb #b4009721
+# %% ../../nbs/fold/00_affine.ipynb #8bb1c511
 def canonical(weight:Tensor, groups:int=1, transposed:bool=False) -> Tensor:
     "The weight of a linear layer or convolution, seen as (groups, out/groups, in/groups, kernel elements)"
     seen = weight.reshape(groups, weight.shape[0]//groups, weight.shape[1], -1)
@@ -104,7 +107,7 @@ def _as_stored(seen, like, transposed):
     "A canonical weight back in the layout of `like`"
     return (seen.transpose(1,2) if transposed else seen).reshape(like.shape)
 
-# %% ../../nbs/fold/00_affine.ipynb #43035a1a
+# %% ../../nbs/fold/00_affine.ipynb #07881898
 def absorb_out(
     amap:Affine,           # The map that follows the layer, one entry per output channel (or a single one)
     weight:Tensor,         # float64; (out, in/groups, *kernel), or (in, out/groups, *kernel) if `transposed`
@@ -119,7 +122,7 @@ def absorb_out(
     new = _as_stored(W*s.view(groups,-1,1,1), weight, transposed)
     return new, (t.clone() if bias is None else s*bias+t)
 
-# %% ../../nbs/fold/00_affine.ipynb #b1b03379
+# %% ../../nbs/fold/00_affine.ipynb #36dffe21
 def absorb_in(
     amap:Affine,           # The map that precedes the layer, one entry per input channel (or a single one)
     weight:Tensor,         # As in `absorb_out`
@@ -135,7 +138,7 @@ def absorb_in(
     shift = (W*t).sum((2,3)).flatten()
     return _as_stored(W*s, weight, transposed), (shift if bias is None else bias+shift)
 
-# %% ../../nbs/fold/00_affine.ipynb #6e6c6b77
+# %% ../../nbs/fold/00_affine.ipynb #4bfaccb3
 def clamp_after(
     amap:Affine, # The map that follows `clamp(x, lo, hi)`
     lo:Tensor,   # float64, broadcasts over the value; -inf for none
@@ -161,7 +164,7 @@ def clamp_before(
     after = Affine(amap.scale, torch.where(dead, constant, amap.shift))
     return after, torch.where(dead, lo, torch.minimum(*ends)), torch.where(dead, hi, torch.maximum(*ends))
 
-# %% ../../nbs/fold/00_affine.ipynb #892ce2e2
+# %% ../../nbs/fold/00_affine.ipynb #f5e8d51b
 @torch.fx.wrap # (one call for who traces a folded model)
 def _clamped(x, lo, hi, own):
     "`min(max(x, lo), hi)`; `own`: may `x` be written into?"
@@ -190,7 +193,7 @@ class Clamp(nn.Module):
         bounds = [f"{k} {tuple(b.shape)}" for k,b in self.named_buffers()]
         return ', '.join(bounds + ['inplace=True']*self.inplace)
 
-# %% ../../nbs/fold/00_affine.ipynb #a6e4b7f0
+# %% ../../nbs/fold/00_affine.ipynb #96e9c2a4
 def stored(
     x:Tensor,    # float64
     like:Tensor  # The tensor whose dtype, device and memory format the result gets

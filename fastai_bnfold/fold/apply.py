@@ -6,7 +6,7 @@
 __all__ = ['Swaps', 'edits_of', 'exact_parameters', 'stored_parameter', 'store', 'new_parameters', 'clamp_of', 'computed_layers',
            'without_parametrization', 'baked', 'swaps_for']
 
-# %% ../../nbs/fold/09_apply.ipynb #59a6f4d5
+# %% ../../nbs/fold/09_apply.ipynb #18357d0c
 import copy, torch
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from .program import *
 from .state import *
 from .plan import *
 
-# %% ../../nbs/fold/09_apply.ipynb #c7ff3a82
+# %% ../../nbs/fold/09_apply.ipynb #2d84661c
 class Swaps:
     "References of a model that can be put in place and taken back, any number of times"
     def __init__(self): self.old,self.new,self.removed = [],[],{}  # (table, key, value), for the model's `_parameters` and `_modules` tables
@@ -43,13 +43,13 @@ class Swaps:
             if value is self: table.pop(key, None) # it was not there
             else: table[key] = value
 
-# %% ../../nbs/fold/09_apply.ipynb #88578bae
+# %% ../../nbs/fold/09_apply.ipynb #963e723c
 def edits_of(steps, gone) -> dict:
     "Full name of a weight → all edits to its layer, but for layers (BNs that took others in) that are `gone` themselves"
-    by_weight = {}
+    by_weight,gone = {},set(gone)
     for step in steps:
         for edit in step.edits:
-            if isinstance(edit, Absorb) and edit.node not in gone: by_weight.setdefault(edit.absorber.weight, []).append(edit)
+            if isinstance(edit, Absorb) and not set(edit.nodes)<=gone: by_weight.setdefault(edit.absorber.weight, []).append(edit)
     return by_weight
 
 def exact_parameters(program, edits) -> dict:
@@ -86,7 +86,7 @@ def clamp_of(program, edit:Rebound) -> Clamp:
     like = torch.empty(0, dtype=value.dtype, device=program.device_of(edit.node))
     return Clamp(stored(edit.lo, like), stored(edit.hi, like), edit.inplace)
 
-# %% ../../nbs/fold/09_apply.ipynb #635c3c60
+# %% ../../nbs/fold/09_apply.ipynb #ac3248e8
 def _hooks_that_compute(module):
     kinds = WeightNorm, SpectralNorm, prune.BasePruningMethod
     return {i: hook for i,hook in module._forward_pre_hooks.items() if isinstance(hook, kinds)}
@@ -135,7 +135,7 @@ def baked(model:nn.Module):
     try: swaps.redo(); yield
     finally: swaps.undo()
 
-# %% ../../nbs/fold/09_apply.ipynb #a8ffb9cc
+# %% ../../nbs/fold/09_apply.ipynb #a5dbfcc1
 _hooks = ('_forward_hooks','_forward_pre_hooks','_forward_hooks_with_kwargs','_forward_pre_hooks_with_kwargs','_forward_hooks_always_called')
 
 def _in_place_of(old, new):
@@ -158,7 +158,7 @@ def _swap_parameters(model, swaps, parameters, new):
             new[module] = plain # (this copy is ours)
             plain._parameters[name] = parameter
 
-# %% ../../nbs/fold/09_apply.ipynb #f7de3c47
+# %% ../../nbs/fold/09_apply.ipynb #73799c03
 def swaps_for(
     model:nn.Module,  # The model whose references are swapped; it may be a copy of the one that was planned
     program:Program,  # That was planned

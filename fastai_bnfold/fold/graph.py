@@ -6,7 +6,7 @@
 __all__ = ['Lifted', 'bake_constants', 'set_argument', 'apply_to_graph', 'Branch', 'branch_of', 'merge', 'Structured',
            'GraphFold']
 
-# %% ../../nbs/fold/13_graph.ipynb #a7a64c7b
+# %% ../../nbs/fold/13_graph.ipynb #c2a15da3
 import torch
 from dataclasses import dataclass, replace
 from torch import nn, fx, Tensor
@@ -31,7 +31,7 @@ from .apply import *
 from .verify import *
 from .folder import *
 
-# %% ../../nbs/fold/13_graph.ipynb #302a43e0
+# %% ../../nbs/fold/13_graph.ipynb #f6a36ca9
 _stored_kinds = InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR
 
 def _tensor_of(ep, spec): return ep.state_dict[spec.target] if spec.target in ep.state_dict else ep.constants[spec.target]
@@ -42,6 +42,8 @@ class Lifted:
         self.ep,self.specs,self.tensors,self.copies = ep,{},{},{} # `copies`: node of `gm` → node of this graph
         graph = fx.Graph()
         graph.output(graph.graph_copy(gm.graph, self.copies))
+        for node,copy in self.copies.items():
+            if node.op=='placeholder': copy.name = node.name # (fx avoids the names of Python's functions: `input`)
         self.gm = GraphModule(gm, graph)
         for node,spec in specs.items(): self.specs[self.copies[node]] = spec
         for node,tensor in tensors.items(): self.tensors[self.copies[node]] = tensor
@@ -75,7 +77,7 @@ class Lifted:
         mode = detect_fake_mode([node.meta['val'] for node in self.specs if isinstance(node.meta.get('val'), Tensor)])
         return mode.from_tensor(tensor, static_shapes=True) if mode else tensor.detach()
 
-# %% ../../nbs/fold/13_graph.ipynb #4f8db5c8
+# %% ../../nbs/fold/13_graph.ipynb #eac276c2
 def _order(spec): return {InputKind.PARAMETER: 1, InputKind.BUFFER: 2, InputKind.CONSTANT_TENSOR: 3}.get(spec.kind, 0 if spec.kind is InputKind.TOKEN else 4)
 
 def _named(spec, node):
@@ -126,7 +128,7 @@ def _sort_inputs(self:Lifted):
 
 for _name,_f in dict(program=_program, clean_up=_clean_up, exported=_exported, _sort_inputs=_sort_inputs).items(): setattr(Lifted, _name, _f)
 
-# %% ../../nbs/fold/13_graph.ipynb #c561b8be
+# %% ../../nbs/fold/13_graph.ipynb #b7f13159
 def _argument_of(node, value):
     "The name of the argument as which `node` reads `value`"
     if not has_schema(node): return 'constant'
@@ -155,7 +157,7 @@ def bake_constants(lifted:Lifted, program:Program):
     lifted.clean_up()
     lifted.gm.recompile()
 
-# %% ../../nbs/fold/13_graph.ipynb #2a804334
+# %% ../../nbs/fold/13_graph.ipynb #d3d4880a
 def _insert_clamp(lifted, program, edit):
     "The activation with other bounds, as one or two operations"
     node,clamp = lifted.copies[edit.node],clamp_of(program, edit)
@@ -186,7 +188,7 @@ def _set_parameters(lifted, program, steps, parameters):
     for step in steps:
         for edit in step.edits:
             makes_bias = isinstance(edit, Absorb) and edit.absorber.bias in parameters and program.tensor_named(edit.absorber.bias) is None
-            if makes_bias: set_argument(lifted.copies[edit.node], 'bias', by_name[edit.absorber.bias])
+            for node in edit.nodes if makes_bias else (): set_argument(lifted.copies[node], 'bias', by_name[edit.absorber.bias])
 
 def apply_to_graph(lifted:Lifted, program:Program, steps:list, parameters:dict) -> Lifted:
     "A copy of the graph, changed as planned"
@@ -203,7 +205,7 @@ def apply_to_graph(lifted:Lifted, program:Program, steps:list, parameters:dict) 
     new.clean_up()
     return new
 
-# %% ../../nbs/fold/13_graph.ipynb #bd8a8e77
+# %% ../../nbs/fold/13_graph.ipynb #07db4cb5
 def _each(args, name, n, default):
     value = args.get(name, default)
     return tuple((list(value)*n)[:n]) if isinstance(value, (list,tuple)) else (value,)*n
@@ -246,7 +248,7 @@ def branch_of(tensors:dict, node:Node, coefficient:float) -> Branch:
     taps = tuple(d if k>1 else 0 for d,k in zip(dilation, kernel)) # 0: any
     return Branch(coefficient, args['input'], node, weight, bias, kernel, _each(args, 'stride', n, 1), padding, taps, args.get('groups', 1))
 
-# %% ../../nbs/fold/13_graph.ipynb #53bd787f
+# %% ../../nbs/fold/13_graph.ipynb #d2ce98bf
 def _takes(self:Branch, other) -> bool:
     "Can this layer take in the summand `other`, without becoming larger?"
     if other is self or self.node is None or self.place!=other.place or other.groups%self.groups: return False
@@ -272,7 +274,7 @@ def _plus(self:Branch, others) -> tuple:
 
 Branch.takes,Branch.plus = _takes,_plus
 
-# %% ../../nbs/fold/13_graph.ipynb #0352a662
+# %% ../../nbs/fold/13_graph.ipynb #f42d56c9
 def _is_own(lifted, arg):
     "Is `arg` a parameter that nobody else reads?"
     tensor = lifted.tensors.get(arg)
@@ -300,7 +302,7 @@ def _best_layer(lifted, view, terms):
         if len(rest)>len(best[1]): best = layer,rest
     return best
 
-# %% ../../nbs/fold/13_graph.ipynb #335b4301
+# %% ../../nbs/fold/13_graph.ipynb #d8a97b3e
 class _Merger:
     "Merges in one graph; `merged`: path of a layer → what it is made of"
     def __init__(self, lifted, program):
@@ -340,7 +342,7 @@ class _Merger:
         for node,names in parts.items(): self.merged[self.rename(node, root)] = names
     def label(self, node): return self.lifted.specs[arguments(node)['weight']].target.rpartition('.')[0] or self.view.label(node)
 
-# %% ../../nbs/fold/13_graph.ipynb #0c33647a
+# %% ../../nbs/fold/13_graph.ipynb #3ae5e251
 def _prove_merge(layer, others, W, b):
     "Is the merged layer the sum of its parts? On random values of a few positions, float64"
     generator = torch.Generator().manual_seed(0)
@@ -404,7 +406,7 @@ def merge(lifted:Lifted, program:Program) -> dict:
     "Merge parallel linear layers of one value, and the value itself, into one layer; path of the layer → what it is made of"
     return _Merger(lifted, program).run()
 
-# %% ../../nbs/fold/13_graph.ipynb #1bd1b849
+# %% ../../nbs/fold/13_graph.ipynb #32a45039
 class Structured(nn.Module):
     "A module that takes its arguments, keyword arguments included, one after the other"
     def __init__(self, module, spec):
@@ -442,7 +444,7 @@ class GraphFold(Fold):
         self.exported = new.exported()
         self.target = Structured(self.exported.module(), self.spec)
 
-# %% ../../nbs/fold/13_graph.ipynb #18193d7c
+# %% ../../nbs/fold/13_graph.ipynb #a65382cd
 def _merged_note(merged):
     shown = '; '.join(f"{path} is {' and '.join(parts)}" for path,parts in list(merged.items())[:2])
     return f"{sum(map(len, merged.values()))} parallel branches became {len(merged)} layers: {shown}{'; …' if len(merged)>2 else '.'}"

@@ -6,7 +6,7 @@
 __all__ = ['map_tensors', 'plain', 'fresh', 'as_args', 'leaves', 'tensors_of', 'values_of', 'describe', 'constants_in',
            'check_dense', 'same_random', 'evaluating', 'uncompiled', 'cannot_run', 'run']
 
-# %% ../../nbs/fold/02_inputs.ipynb #21ac9eec
+# %% ../../nbs/fold/02_inputs.ipynb #9ba6aa4d
 import copy, random, torch, warnings
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import SUPPORTED_NODES
 from ..errors import *
 
-# %% ../../nbs/fold/02_inputs.ipynb #d6216e41
+# %% ../../nbs/fold/02_inputs.ipynb #539f653e
 def _tuple_like(x, items):
     "`items` in a tuple of the class of `x`, without asking its constructor what it takes"
     if hasattr(type(x), 'n_fields'): return type(x)(items) # `torch.return_types`
@@ -48,10 +48,11 @@ def map_tensors(f, x, _seen=None):
         return SUPPORTED_NODES[type(x)].unflatten_fn([inner(o) for o in children], context)
     return x
 
-# %% ../../nbs/fold/02_inputs.ipynb #ecd600b9
+# %% ../../nbs/fold/02_inputs.ipynb #0ee380ca
 def plain(x):
     "`x` with every tensor as a plain, detached `torch.Tensor` (fastai's `TensorImage` and its like cannot be traced)"
-    return map_tensors(lambda o: o.detach().as_subclass(Tensor), x)
+    def bare(o): return o.detach() if type(o) is Tensor else o.detach().as_subclass(Tensor)
+    return map_tensors(bare, x)
 
 def fresh(args:tuple) -> tuple:
     "`args` with every tensor copied: a model may write into its input, and each run must see the same"
@@ -61,7 +62,7 @@ def as_args(xb) -> tuple:
     "The positional arguments `xb` stands for: a tuple or list is several, anything else is one"
     return tuple(plain(o) for o in xb) if type(xb) in (tuple,list) else (plain(xb),)
 
-# %% ../../nbs/fold/02_inputs.ipynb #fe5150ac
+# %% ../../nbs/fold/02_inputs.ipynb #4a7b8677
 def _attributes(x) -> list:
     "What an object of a class of its own holds, in `__dict__` or `__slots__`"
     if isinstance(x, (type, nn.Module)) or callable(x): return []
@@ -95,7 +96,7 @@ def values_of(out) -> list:
         elif hasattr(o, '__array__') and getattr(o, 'dtype', None)!=object: res.append(torch.as_tensor(o))
     return res
 
-# %% ../../nbs/fold/02_inputs.ipynb #6abf5174
+# %% ../../nbs/fold/02_inputs.ipynb #ede65fb9
 def describe(x) -> str:
     "What was given, in a few words: types, shapes, dtypes"
     if isinstance(x, Tensor): return f"{type(x).__name__}{tuple(x.shape)} of {str(x.dtype).removeprefix('torch.')} on {x.device}"
@@ -119,7 +120,7 @@ def _reached(x) -> list:
     map_tensors(reached.append, x)
     return reached
 
-# %% ../../nbs/fold/02_inputs.ipynb #5b4c68fe
+# %% ../../nbs/fold/02_inputs.ipynb #9f52ac6c
 def check_dense(args:tuple):
     "A `TraceError` for tensors whose numbers are laid out in ways that no rule here knows"
     for o in leaves(args):
@@ -128,7 +129,7 @@ def check_dense(args:tuple):
         if kind: raise TraceError(f"Given: a {kind} tensor ({describe(o) if kind!='nested' else 'NestedTensor'}). "
             "Expected: dense floating point tensors (`to_dense()`, `dequantize()`, `to_padded_tensor()`).")
 
-# %% ../../nbs/fold/02_inputs.ipynb #ea14373c
+# %% ../../nbs/fold/02_inputs.ipynb #63fb0e53
 @contextmanager
 def same_random():
     "The random generators of torch and Python come back as they were"
@@ -153,7 +154,7 @@ class _Buffers:
                 if isinstance(table, dict) and table.get(name) is not buffer: table[name] = buffer
                 if copy_ is not None and not torch.equal(buffer, copy_): buffer.detach().copy_(copy_)
 
-# %% ../../nbs/fold/02_inputs.ipynb #05621b79
+# %% ../../nbs/fold/02_inputs.ipynb #eaa9baf6
 @contextmanager
 def evaluating(
     model:nn.Module, # Runs in eval mode (as it stands, if it is in eval mode), without gradients
@@ -174,7 +175,7 @@ def evaluating(
         for module,flag in flags: module.training = flag
         buffers.put_back()
 
-# %% ../../nbs/fold/02_inputs.ipynb #7723007f
+# %% ../../nbs/fold/02_inputs.ipynb #8d21744a
 @contextmanager
 def uncompiled(model:nn.Module):
     "While active, what `torch.compile` compiled in `model` runs as it is written"

@@ -6,18 +6,18 @@
 __all__ = ['ops', 'op_of', 'op_name', 'has_schema', 'arguments', 'nodes_in', 'writes', 'may_alias', 'reads_shape_only', 'looks',
            'is_random']
 
-# %% ../../nbs/fold/01_ops.ipynb #2ad9c455
+# %% ../../nbs/fold/01_ops.ipynb #96e75da3
 import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_flatten
 
-# %% ../../nbs/fold/01_ops.ipynb #73e653c9
+# %% ../../nbs/fold/01_ops.ipynb #bda03405
 def ops(*names) -> list:
     "The aten ops of these names, the in-place forms (`name_`) included, where this version of torch has them"
     both = [name+end for name in names for end in ('','_')]
     return [getattr(torch.ops.aten, name) for name in both if hasattr(torch.ops.aten, name)]
 
-# %% ../../nbs/fold/01_ops.ipynb #a334dddc
+# %% ../../nbs/fold/01_ops.ipynb #173e1ede
 _to_numpy = {*ops('resolve_conj','resolve_neg')} # all that a trace shows of `.numpy()` and `.tolist()`
 
 def op_of(node:Node):
@@ -44,15 +44,17 @@ def nodes_in(arg) -> list:
     "All nodes in an argument, whatever lists hold them"
     return [o for o in tree_flatten(arg)[0] if isinstance(o, Node)]
 
-# %% ../../nbs/fold/01_ops.ipynb #f2b96ef4
+# %% ../../nbs/fold/01_ops.ipynb #5f75917e
 _copies_rarely = {*ops('reshape','flatten','contiguous','dropout','feature_dropout','alpha_dropout','feature_alpha_dropout',
     'to','type_as','reshape_as','pad','channel_shuffle','native_channel_shuffle','atleast_1d','atleast_2d','atleast_3d',
     'broadcast_tensors','meshgrid','unsafe_chunk','unsafe_split','unsafe_split_with_sizes','_unsafe_view','einsum',
     'sum_to_size','data','chalf','conj_physical','to_dense')}
 
+_harmless = {*ops('detach')} # `detach_` changes no number
+
 def writes(node:Node) -> bool:
     "Does `node` write into one of its inputs?"
-    return has_schema(node) and node.target._schema.is_mutable
+    return has_schema(node) and node.target._schema.is_mutable and op_of(node) not in _harmless
 
 def may_alias(node:Node) -> list:
     "The inputs of `node` with which its value may share memory (of a view, an in-place op, one of several outputs), and those that it writes into"
@@ -67,7 +69,7 @@ def may_alias(node:Node) -> list:
         if arg.alias_info is not None: shared += nodes
     return shared
 
-# %% ../../nbs/fold/01_ops.ipynb #458f2fc2
+# %% ../../nbs/fold/01_ops.ipynb #62773fd3
 _shape_only = {*ops('reshape_as','view_as','expand_as','zeros_like','ones_like','full_like','empty_like','rand_like','randn_like',
                     'new_zeros','new_ones','new_full','new_empty','type_as','sym_size','sym_numel','sym_stride')}
 

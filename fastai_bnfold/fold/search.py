@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Found', 'deep', 'Search', 'splits', 'ways']
 
-# %% ../../nbs/fold/06_search.ipynb #0322e471
+# %% ../../nbs/fold/06_search.ipynb #384161fd
 import sys, torch
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from .rules.arithmetic import *
 from .rules.clamps import *
 from .sums import *
 
-# %% ../../nbs/fold/06_search.ipynb #6622dd0c
+# %% ../../nbs/fold/06_search.ipynb #4a9f63e2
 @dataclass
 class Found:
     "What a pass found: the edits, and what becomes of the values in between"
@@ -41,7 +41,7 @@ def deep():
     try: sys.setrecursionlimit(max(limit, 10_000)); yield
     finally: sys.setrecursionlimit(limit)
 
-# %% ../../nbs/fold/06_search.ipynb #66da0564
+# %% ../../nbs/fold/06_search.ipynb #27e14d00
 class Search(View):
     "The passes over a program in a state"
     def __init__(self, program, state): super().__init__(program, state); self._answers = {}
@@ -73,7 +73,7 @@ class Search(View):
         names = list(dict.fromkeys(self.where(node) for node in nodes))
         return ', '.join(names[:2]) + (f' and {len(names)-2} others' if len(names)>2 else '')
 
-# %% ../../nbs/fold/06_search.ipynb #511eced4
+# %% ../../nbs/fold/06_search.ipynb #ffec1e70
 def _reader_of(value): return value.args[0] if op_name(value)=='getitem' else value
 
 def _agreed(self:Search, value, by_reader):
@@ -118,7 +118,7 @@ def _beside(self:Search, value, amap, by_reader, others):
 
 Search.backward,Search._agreed,Search._beside,Search._read_elsewhere = _backward,_agreed,_beside,_read_elsewhere
 
-# %% ../../nbs/fold/06_search.ipynb #fe0d93a1
+# %% ../../nbs/fold/06_search.ipynb #6a834835
 def _why_not(self:Search,
     value:Node,
     reader:Node,
@@ -145,7 +145,7 @@ def _try(self:Search, value, reader, amap):
 
 Search.why_not,Search._try = _why_not,_try
 
-# %% ../../nbs/fold/06_search.ipynb #91fceebb
+# %% ../../nbs/fold/06_search.ipynb #ad20f2c4
 def _forward(self:Search,
     maps:dict   # Value → the map that is taken out in front of it, and put off
 ) -> Found:
@@ -167,7 +167,7 @@ def _forward(self:Search,
 
 Search.forward = _forward
 
-# %% ../../nbs/fold/06_search.ipynb #72d48c1f
+# %% ../../nbs/fold/06_search.ipynb #1b75e229
 def splits(amap:Affine) -> list:
     "Pairs of maps `(before, after)`, each of which make up `amap`"
     scale,shift = torch.broadcast_tensors(amap.scale, amap.shift)
@@ -189,7 +189,7 @@ def ways(amap:Affine, how:str) -> list:
     one = Affine.one()
     return {'backward': [(amap, one)], 'forward': [(one, amap)], 'split': splits(amap)}[how]
 
-# %% ../../nbs/fold/06_search.ipynb #b4a10310
+# %% ../../nbs/fold/06_search.ipynb #205212bb
 def _by(edits, key):
     groups = {}
     for edit in edits: groups.setdefault(key(edit), []).append(edit)
@@ -213,7 +213,7 @@ def _check_weight(self:Search, name, edits):
     if not readers<=wanted or once is None:
         n_uses = max(len(readers), len(wanted))
         raise Stop(f"{self.where(node)}, whose weight is used {n_uses} times, and not every use meets the same map", 'shared weight')
-    return once
+    return [replace(edit, uses=tuple(uses)) for edit in once] if len(uses)>1 else once
 
 def _readers_through(self:Search, node):
     "The nodes that read a constant, through whatever is made of it"
@@ -231,7 +231,7 @@ def _check_activation(self:Search, edits):
         raise Stop(f"`{first.path}` ({self.call(first.node).module._get_name()}), whose bounds would have to change: it is shared by {n_calls} calls", 'shared activation')
     return edits
 
-# %% ../../nbs/fold/06_search.ipynb #83c87152
+# %% ../../nbs/fold/06_search.ipynb #5a9cbf7d
 def _check_memory(self:Search,
     now:View,     # The program before the fold
     first:Node,   # Of the nodes that go

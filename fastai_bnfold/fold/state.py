@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ByValue', 'Absorber', 'Layer', 'add_identity', 'Scaled', 'Stored', 'Absorb', 'Rebound', 'edited', 'State', 'View']
 
-# %% ../../nbs/fold/04_state.ipynb #78aa54e8
+# %% ../../nbs/fold/04_state.ipynb #4106e008
 import torch
 from dataclasses import dataclass, field, fields, replace
 from torch import Tensor, inf, nn
@@ -14,7 +14,7 @@ from .affine import *
 from .ops import *
 from .program import *
 
-# %% ../../nbs/fold/04_state.ipynb #01e08015
+# %% ../../nbs/fold/04_state.ipynb #8e6b3fb1
 def _same(x, y) -> bool:
     "Equal, tensors by their numbers"
     if isinstance(x, Tensor): return isinstance(y, Tensor) and torch.equal(x, y)
@@ -30,7 +30,7 @@ class ByValue:
 
 Affine.__eq__ = ByValue.__eq__
 
-# %% ../../nbs/fold/04_state.ipynb #0a3f0d52
+# %% ../../nbs/fold/04_state.ipynb #8abde4c8
 @dataclass(frozen=True, eq=False)
 class Absorber(ByValue):
     "The parameters that a map can be worked into"
@@ -57,7 +57,7 @@ class Absorber(ByValue):
         new,b = self.change(side, amap, self.seen(W), b)
         return self.back(new, W), b
 
-# %% ../../nbs/fold/04_state.ipynb #3939f0b9
+# %% ../../nbs/fold/04_state.ipynb #12d325bb
 @dataclass(frozen=True, eq=False)
 class Layer(Absorber):
     "The weight and bias of a linear layer or a convolution"
@@ -84,7 +84,7 @@ def add_identity(
     new[(out, out%per_group, *at)] += torch.as_tensor(amount, dtype=W.dtype).flatten().expand(n)
     return new
 
-# %% ../../nbs/fold/04_state.ipynb #32937d4f
+# %% ../../nbs/fold/04_state.ipynb #061b594f
 @dataclass(frozen=True, eq=False)
 class Scaled(Absorber):
     "The γ and β by which a normalization ends"
@@ -100,7 +100,7 @@ class Stored(Absorber):
     "A parameter that is itself the value (or whose rows are)"
     def change(self, side, amap, W, b): return amap(W), None
 
-# %% ../../nbs/fold/04_state.ipynb #89ee282c
+# %% ../../nbs/fold/04_state.ipynb #197d34ee
 @dataclass(frozen=True, eq=False)
 class Absorb(ByValue):
     "An edit: a layer takes a map in"
@@ -109,8 +109,11 @@ class Absorb(ByValue):
     map:Affine
     node:Node         # The operator that reads the weight
     shifts:bool=True  # May a bias be made?
+    uses:tuple=()     # All operators that read the weight, where these are several
     @property
     def path(self): return self.absorber.path
+    @property
+    def nodes(self): return self.uses or (self.node,)
 
 @dataclass(frozen=True, eq=False)
 class Rebound(ByValue):
@@ -127,7 +130,7 @@ def edited(edits, W:Tensor, b:Tensor|None) -> tuple:
     for edit in edits: W,b = edit.absorber.take(edit.side, edit.map, W, b)
     return W, b
 
-# %% ../../nbs/fold/04_state.ipynb #ba2607e9
+# %% ../../nbs/fold/04_state.ipynb #ec369217
 @dataclass(frozen=True)
 class State:
     "What a plan has changed so far"
@@ -149,7 +152,7 @@ class State:
             shared |= dict.fromkeys(both, both)
         return State(self.gone | links, self.bounds | bounds, made, shared)
 
-# %% ../../nbs/fold/04_state.ipynb #d1217d76
+# %% ../../nbs/fold/04_state.ipynb #d49e30cf
 _identities = ops('dropout','feature_dropout','alpha_dropout','feature_alpha_dropout','clone','detach','alias','contiguous',
                   'lift_fresh','to','_to_copy')
 

@@ -7,7 +7,7 @@ __all__ = ['local_bound', 'Claim', 'claims_of', 'LocalProof', 'reads_shape_only_
            'paths_of', 'record', 'Changed', 'wrong_ways', 'perturbed', 'other_inputs', 'max_err', 'channel_err',
            'tolerance', 'amplification']
 
-# %% ../../nbs/fold/10_verify.ipynb #c912cdd1
+# %% ../../nbs/fold/10_verify.ipynb #32b9e6fa
 import copy, operator, torch
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from .rules.movement import *
 from .plan import *
 from .apply import *
 
-# %% ../../nbs/fold/10_verify.ipynb #9db79919
+# %% ../../nbs/fold/10_verify.ipynb #68405dcf
 @dataclass(frozen=True)
 class Claim:
     "What becomes of a value: unfolded it is `was(w)`, folded `becomes(w)`"
@@ -55,7 +55,7 @@ def claims_of(steps) -> tuple:
         for value,amap in step.wanted.items(): claims[value] = claims.get(value, Claim()).wanted(amap)
     return claims, between
 
-# %% ../../nbs/fold/10_verify.ipynb #eac9abfe
+# %% ../../nbs/fold/10_verify.ipynb #8730d2a6
 def _noise_like(x, generator):
     "Random numbers as large as those of `x`"
     size = x.std(correction=0) if x.numel() else x.new_tensor(1.)
@@ -73,7 +73,7 @@ def _positions(node, view):
 
 _alike = {*bn_ops, *ops('relu','relu6','hardtanh','clamp','clamp_min','clamp_max','leaky_relu','abs','sigmoid')} # every position alone
 
-# %% ../../nbs/fold/10_verify.ipynb #cca52562
+# %% ../../nbs/fold/10_verify.ipynb #92dbcc8d
 class LocalProof(torch.fx.Interpreter):
     "Runs a program, and computes every operation that a plan touches unfolded and folded; `errors` has the result, node by node"
     def __init__(self, program:Program, steps:list, state:State):
@@ -83,7 +83,9 @@ class LocalProof(torch.fx.Interpreter):
         self.errors,self.unchecked,self.carried,self.parameters = {},{},{},{}
         self.edits = edits_of(steps, state.gone)
         self.exact,self.bias = {},{}
-        self.by_node = {edit.node: weight for weight,edits in self.edits.items() for edit in edits}
+        self.by_node = {}
+        for weight,edits in self.edits.items():
+            for edit in edits: self.by_node |= dict.fromkeys(edit.nodes, weight)
         self.touched = {node for node in program.nodes if node.op=='call_function' and self._is_touched(node)}
         self.generator = torch.Generator().manual_seed(0)
 
@@ -111,7 +113,7 @@ def reads_shape_only_of_all(node:Node) -> bool:
     "Does `node` want of all its inputs their shapes alone?"
     return all(reads_shape_only(node, i) for i in node.all_input_nodes)
 
-# %% ../../nbs/fold/10_verify.ipynb #5ba7f29f
+# %% ../../nbs/fold/10_verify.ipynb #41ced160
 def _sample(self:LocalProof, node, value):
     "The numbers of a value that `node` reads, float64, as many as are enough"
     if not isinstance(value, Tensor) or not value.is_floating_point(): return value
@@ -149,7 +151,7 @@ def _map(self:LocalProof, amap, i, x):
     ndim = len(self.program.shape(i))
     return (amap.aligned(ndim) if x.ndim==ndim else amap.view(-1))(x)
 
-# %% ../../nbs/fold/10_verify.ipynb #e287628c
+# %% ../../nbs/fold/10_verify.ipynb #0d309161
 def _const(self:LocalProof, node, i):
     "The constant `i`, folded: exact, and stored for later"
     weight = self.by_node.get(node) or self.by_node.get(i)
@@ -165,7 +167,7 @@ def _store(self:LocalProof, weight):
     absorber = self.edits[weight][0].absorber
     made = absorber.bias in self.exact and self.program.tensor_named(absorber.bias) is None
     for edit in self.edits[weight]:
-        if made: self.bias[edit.node] = self.exact[absorber.bias]
+        if made: self.bias |= dict.fromkeys(edit.nodes, self.exact[absorber.bias])
 
 def _check_rounding(name, exact, new):
     "Is what is stored what was computed, but for one rounding (and subnormals, which become zeros)?"
@@ -192,7 +194,7 @@ def _folded(self:LocalProof, node, pairs, given):
     args = {name: map_arg(arg, given) for name,arg in arguments(node).items()} | {'bias': self.bias[node]}
     return node.target(*args.values())
 
-# %% ../../nbs/fold/10_verify.ipynb #27330c55
+# %% ../../nbs/fold/10_verify.ipynb #cf198879
 def _check(self:LocalProof, node):
     "Compute `node` both ways, and compare what its claim says of it"
     was,folded = self._computed(node)
@@ -218,7 +220,7 @@ def _channels(self:LocalProof, node, value):
 
 for _f in (_sample, _is_by_channel, _pair, _map, _const, _store, _computed, _folded, _check, _channels): setattr(LocalProof, _f.__name__, _f)
 
-# %% ../../nbs/fold/10_verify.ipynb #e8b9b426
+# %% ../../nbs/fold/10_verify.ipynb #97377d50
 local_bound = 1e-7 # relative to a channel, in float64: beyond every rounding, far below every mistake
 
 def steps_at(steps, program) -> dict:
@@ -226,7 +228,7 @@ def steps_at(steps, program) -> dict:
     res = {}
     for step in steps:
         nodes = {*step.links, *step.wanted, *step.put_off, *step.between}
-        for edit in step.edits: nodes |= {edit.node}
+        for edit in step.edits: nodes |= set(edit.nodes if isinstance(edit, Absorb) else (edit.node,))
         nodes |= {user for value in nodes for user in value.users}
         for node in nodes: res.setdefault(node, []).append(step.path)
     return res
@@ -244,14 +246,18 @@ def prove_locally(program:Program, steps:list, state:State) -> LocalProof:
         for path in owners.get(node, ()): proof.wrong.setdefault(path, (node, error))
     return proof
 
-# %% ../../nbs/fold/10_verify.ipynb #c3b021a2
+# %% ../../nbs/fold/10_verify.ipynb #f8542f16
+_layout = {f'aten::{name}' for name in ('clone','contiguous','view','_unsafe_view','_reshape_alias','as_strided','reshape','copy',
+    'empty','empty_like','empty_strided','alias','detach')} # where numbers lie in memory: a matter of the values' strides
+
 class _Recorder(TorchDispatchMode):
     "Writes down operators, and calls of modules"
     def __init__(self, paths):
         super().__init__()
         self.paths,self.stack,self.events,self.counts = paths,[''],[],{}
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.events.append((self.stack[-1], func._schema.name.rstrip('_')))
+        name = func._schema.name.rstrip('_')
+        if name not in _layout: self.events.append((self.stack[-1], name))
         return func(*args, **(kwargs or {}))
     def enter(self, module, _):
         path = self.paths.get(module, self.stack[-1])
@@ -294,7 +300,7 @@ def record(model:nn.Module, args:tuple, removed:dict=None) -> Recorded:
         except Exception as e: raise cannot_run(args, e) from e
         return Recorded(values_of(out), out, recorder.events, recorder.counts)
 
-# %% ../../nbs/fold/10_verify.ipynb #e6788fee
+# %% ../../nbs/fold/10_verify.ipynb #3089bb11
 @dataclass
 class Changed:
     "The modules that a plan changes: their paths"
@@ -338,7 +344,7 @@ def wrong_ways(changed:Changed, example:dict, before:Recorded, after:Recorded) -
         if still: wrong[bn] = f"`forward` still calls `{still[0]}` as it was: it finds it where no module is registered (in a plain list, say)"
     return wrong
 
-# %% ../../nbs/fold/10_verify.ipynb #0f874dfe
+# %% ../../nbs/fold/10_verify.ipynb #dae58e3f
 def perturbed(args:tuple, noise:float=0.1, seed:int=0) -> tuple:
     "`args` with noise on every floating point tensor, at `noise` times its standard deviation"
     generator = torch.Generator().manual_seed(seed)
@@ -389,7 +395,7 @@ def _tensors(args):
     map_tensors(found.append, args)
     return found
 
-# %% ../../nbs/fold/10_verify.ipynb #5cbdb013
+# %% ../../nbs/fold/10_verify.ipynb #f1c68a97
 def max_err(
     before:list, # Output tensors of the unfolded model
     after:list   # And of the folded one
@@ -413,7 +419,7 @@ def tolerance(tensors:list, n_folded:int) -> float:
     eps = max([torch.finfo(o.dtype).eps for o in tensors if o.is_floating_point()], default=torch.finfo(torch.float32).eps)
     return min(max(64*eps*(n_folded+1)**.5, 1e-11), .02)
 
-# %% ../../nbs/fold/10_verify.ipynb #e5898786
+# %% ../../nbs/fold/10_verify.ipynb #cb8a3e6b
 def amplification(model:nn.Module, batches:list) -> float:
     "How far the outputs move if each parameter moves by one rounding; `batches`: pairs of arguments and outputs; infinite where that cannot be measured"
     try: shaken = copy.deepcopy(model)

@@ -110,7 +110,7 @@ def fixed_point_bn(
     signed:bool=False,  # Output in [-2^(k-1), 2^(k-1)-1]? Else in [0, 2^k-1], which does the work of a ReLU as well
     rounding:str='half_up' # Or 'half_even', 'half_away' (from zero)
 ) -> FixedPointBN:
-    "The integer operation with the smallest shift, and then the fewest bits, that equals BN and quantizer for every input in the range. `.figures` tells its size"
+    "The integer operation with the smallest shift, then the fewest bits, that equals BN and quantizer for every input; its `figures`"
     task = task_of(bn, in_scale, in_range, out_scale, out_bits, signed, rounding)
     most = 60-out_bits
     shifts = task.stairs.shifts(most)

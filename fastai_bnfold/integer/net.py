@@ -22,7 +22,7 @@ from .layout import *
 from .scales import *
 from .steps import *
 from .task import *
-from ..bn_stats import _n_training, _training_items
+from ..stats.training import n_training, training_items
 
 # %% ../../nbs/integer/06_net.ipynb #bfb11fbc
 @dataclass
@@ -147,8 +147,8 @@ def integer_net(self:Learner,
     rounding:str='half_up' # As in `fixed_point_bn`
 ) -> IntegerNet:     # The Learner is not changed
     "A simulated integer network of the trained model; its classifier, behind the last BN, works in float64"
-    _n_training(self) # an error if there are none
+    n_training(self) # an error if there are none
     n_inp = getattr(self.dls, 'n_inp', 1)
-    with _training_items(self, n, min(32, n)) as dl: batches = [as_args(batch[:n_inp]) for batch in dl]
+    with training_items(self, n, min(32, n)) as dl: batches = [as_args(batch[:n_inp]) for batch in dl]
     device = one_param(self.model).device
     return IntegerNet(self.model, to_device(batches, device), bits, rounding)

@@ -47,8 +47,8 @@ def _positive_number(v, name):
 
 def _check_params(p):
     for name in ('weight','bias','mean','var','in_scale'):
-        finite = np.isfinite(getattr(p, name))
-        expect(finite.all(), f"`{name}`", f"{int((~finite).sum())} values that are no finite numbers", "finite numbers")
+        n_bad = int((~np.isfinite(getattr(p, name))).sum())
+        expect(n_bad==0, f"`{name}`", f"{n_bad} values that are no finite numbers", "finite numbers")
     expect((p.in_scale>0).all(), '`in_scale`', p.in_scale.min(), 'positive scales')
     expect((p.var+p.eps>0).all(), '`running_var + eps`', p.var.min()+p.eps, 'positive numbers')
 
@@ -114,10 +114,11 @@ class Task:
 
 def _range_of(in_range, n):
     "Both ends of the range of inputs, per channel"
-    expect(isinstance(in_range, (tuple,list)) and len(in_range)==2, '`in_range`', in_range, 'the smallest and the largest input')
+    both = isinstance(in_range, (tuple,list)) and len(in_range)==2
+    expect(both, '`in_range`', in_range, 'the smallest and the largest input')
     lo,hi = (_per_channel(v, n, 'in_range', np.int64) for v in in_range)
-    empty = [(int(a), int(z)) for a,z in zip(lo, hi) if a>z]
-    expect(not empty, '`in_range`', *empty[:1] or [None], 'a range that is not empty')
+    empty = [(int(low),int(high)) for low,high in zip(lo, hi) if low>high]
+    expect(not empty, '`in_range`', empty and empty[0], 'a range that is not empty')
     return lo, hi
 
 # %% ../../nbs/integer/02_task.ipynb #f8ed24ae

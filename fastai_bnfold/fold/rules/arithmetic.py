@@ -6,7 +6,7 @@
 __all__ = ['sum_ops', 'product_ops', 'summands', 'constants_sum', 'sum_backward', 'sum_forward', 'factor', 'product_backward',
            'product_forward']
 
-# %% ../../../nbs/fold/rules/05_arithmetic.ipynb #70ab9559
+# %% ../../../nbs/fold/rules/05_arithmetic.ipynb #8b4c061e
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
@@ -14,7 +14,7 @@ from ..affine import *
 from ..ops import *
 from .registry import *
 
-# %% ../../../nbs/fold/rules/05_arithmetic.ipynb #12128d66
+# %% ../../../nbs/fold/rules/05_arithmetic.ipynb #305e7c33
 sum_ops = ops('add','sub','rsub')
 
 def summands(view, node:Node) -> dict:
@@ -31,7 +31,7 @@ def constants_sum(view, node, terms, among) -> Tensor:
     ndim = len(view.shape(node))
     return sum((terms[x]*constant(view, x, ndim) for x in among), torch.zeros((1,)*ndim, dtype=torch.float64))
 
-# %% ../../../nbs/fold/rules/05_arithmetic.ipynb #586a5381
+# %% ../../../nbs/fold/rules/05_arithmetic.ipynb #92d54721
 def _who_takes(view, node, terms, candidates, shift):
     "The first of the candidates that takes the shift alone, or None; and why the others do not"
     reasons = []
@@ -71,7 +71,7 @@ def _given_to(taker, values, shift, terms): return {x: shift/terms[x] if x is ta
 def _shares(view, node, scale, shares):
     return [(x, unbroadcast(view, node, x, Affine(scale, shift))) for x,shift in shares.items()]
 
-# %% ../../../nbs/fold/rules/05_arithmetic.ipynb #44575e43
+# %% ../../../nbs/fold/rules/05_arithmetic.ipynb #41ac5a14
 def _equal(x, y): return bool(torch.isclose(*torch.broadcast_tensors(x, y), rtol=1e-12, atol=0).all())
 
 @forward(*sum_ops, several=True)
@@ -86,7 +86,7 @@ def sum_forward(view, node, maps):
     shift = sum(terms[x]*amap.shift for x,amap in values.items())
     return [(node, Affine(scale, shift+(1-scale)*fixed).aligned(ndim))]
 
-# %% ../../../nbs/fold/rules/05_arithmetic.ipynb #d0fbaf8a
+# %% ../../../nbs/fold/rules/05_arithmetic.ipynb #cb6dd804
 product_ops = ops('mul','div')
 
 def factor(view, node:Node):
@@ -129,7 +129,7 @@ def _best_factor(view, node, amap):
     if second is None: raise first_reason or Stop(view.where(node))
     return second
 
-# %% ../../../nbs/fold/rules/05_arithmetic.ipynb #b8e93f0e
+# %% ../../../nbs/fold/rules/05_arithmetic.ipynb #e6f255d5
 @forward(*product_ops, several=True)
 def product_forward(view, node, maps):
     "`c·(s·x+t) = s·(c·x)+c·t`, or `(s·x)·(r·y) = s·r·(x·y)`"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bounds', 'clamp_backward', 'clamp_forward', 'homogeneous_backward', 'homogeneous_forward']
 
-# %% ../../../nbs/fold/rules/06_clamps.ipynb #c61dd0af
+# %% ../../../nbs/fold/rules/06_clamps.ipynb #2602b78e
 import torch
 from torch import inf
 from torch.fx import Node
@@ -14,7 +14,7 @@ from ..ops import *
 from ..state import *
 from .registry import *
 
-# %% ../../../nbs/fold/rules/06_clamps.ipynb #7feea5bc
+# %% ../../../nbs/fold/rules/06_clamps.ipynb #a1eeb0eb
 _clamps = ('relu','relu6','hardtanh','clamp','clamp_min','clamp_max')
 _fixed = {'relu': (0,None), 'relu6': (0,6)}
 
@@ -29,7 +29,7 @@ def bounds(view, node:Node) -> tuple:
 
 def _n_passes(lo, hi): return int((lo>-inf).any())+int((hi<inf).any())
 
-# %% ../../../nbs/fold/rules/06_clamps.ipynb #0bc49304
+# %% ../../../nbs/fold/rules/06_clamps.ipynb #a570d0a1
 def _check_replaceable(view, node):
     at = view.where(node)
     if node in view.spoils: raise Stop(f"{at}, whose bounds would have to change: it writes into a value that may be read again", 'written to')
@@ -59,7 +59,7 @@ def _rebound(view, node, lo, hi, replace=False):
     passes = _n_passes(*old) if node in view.state.bounds else 1
     return [Rebound(node, view.label(node), lo, hi, _n_passes(lo, hi)-passes)]
 
-# %% ../../../nbs/fold/rules/06_clamps.ipynb #95a9683d
+# %% ../../../nbs/fold/rules/06_clamps.ipynb #a17ed350
 @backward(*_clamps)
 def clamp_backward(view, node, amap):
     "`amap(clamp(x, l, h)) = clamp(amap(x), l', h')`"
@@ -73,7 +73,7 @@ def clamp_forward(view, node, amap, source):
     in_place = view.writes(node) and node not in view.state.bounds # its input was the BN's own: now it is another's
     return [*_rebound(view, node, lo, hi, replace=in_place), (node, after)]
 
-# %% ../../../nbs/fold/rules/06_clamps.ipynb #a3b5f83a
+# %% ../../../nbs/fold/rules/06_clamps.ipynb #ba588214
 def _check_positive(view, node, amap):
     if (amap.shift!=0).any() or (amap.scale<0).any():
         raise Stop(f"{view.where(node)}, which only lets positive scales without a shift pass", 'negative scale')

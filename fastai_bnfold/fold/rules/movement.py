@@ -6,7 +6,7 @@
 __all__ = ['items', 'identity_backward', 'identity_forward', 'call_op', 'is_movement', 'movement_forward', 'movement_backward',
            'cat_forward', 'cat_backward', 'item_backward']
 
-# %% ../../../nbs/fold/rules/03_movement.ipynb #16c20f96
+# %% ../../../nbs/fold/rules/03_movement.ipynb #ee058238
 import operator, torch
 from torch import Tensor, inf, nan
 from torch.fx import Node
@@ -16,7 +16,7 @@ from ..ops import *
 from ..state import *
 from .registry import *
 
-# %% ../../../nbs/fold/rules/03_movement.ipynb #fe470d02
+# %% ../../../nbs/fold/rules/03_movement.ipynb #3f187874
 _identities = ('dropout','feature_dropout','alpha_dropout','feature_alpha_dropout','clone','detach','alias','contiguous',
                'lift_fresh','to','_to_copy')
 
@@ -35,7 +35,7 @@ def identity_forward(view, node, amap, source):
     _check_identity(view, node)
     return [(node, amap)]
 
-# %% ../../../nbs/fold/rules/03_movement.ipynb #00e66e21
+# %% ../../../nbs/fold/rules/03_movement.ipynb #a4313692
 def call_op(node:Node, args, kwargs):
     "The operator of `node` on other tensors than those of the run (which may lie otherwise in memory)"
     is_view = op_name(node) in ('view','_unsafe_view') and 'size' in arguments(node)
@@ -57,7 +57,7 @@ def _check_indices(view, node):
     for i in _moved_inputs(view, node):
         if not view.dtype(i).is_floating_point: raise Stop(f"{view.where(node)}, whose index is computed from the data", 'index from the data')
 
-# %% ../../../nbs/fold/rules/03_movement.ipynb #d08726be
+# %% ../../../nbs/fold/rules/03_movement.ipynb #74a7bef3
 def _run_on(view, node, f):
     "What `node` does to the tensors that `f` gives for the values it moves (constants, sizes and indices stay as they are)"
     def given(i):
@@ -98,7 +98,7 @@ def _asked(view, node):
     except Exception: return False # it does not take them: then it does something else
     return first is not None and second is not None and torch.equal(first, second)
 
-# %% ../../../nbs/fold/rules/03_movement.ipynb #4d5cc076
+# %% ../../../nbs/fold/rules/03_movement.ipynb #e898c5d2
 def _pads(view, node, amap):
     "Does `node` pad with a constant? `Stop` if the map changes it, or differs along what is padded"
     args = arguments(node)
@@ -121,7 +121,7 @@ def movement_forward(view, node, maps):
 
 forward(*_known, several=True)(movement_forward)
 
-# %% ../../../nbs/fold/rules/03_movement.ipynb #7df2ad01
+# %% ../../../nbs/fold/rules/03_movement.ipynb #90f2e23f
 def _met(view, node, part, rest, out, item, size):
     "Which entry of `part` each element meets that went in; those in other outputs than `item` meet `rest`"
     met = torch.full((size,), nan, dtype=torch.float64)
@@ -149,7 +149,7 @@ def movement_backward(view, node, amap, item=None):
 
 backward(*_known)(movement_backward)
 
-# %% ../../../nbs/fold/rules/03_movement.ipynb #ed4889d9
+# %% ../../../nbs/fold/rules/03_movement.ipynb #967e4fc2
 def _pieces(view, node):
     "`(input, begin, end)` along the dimension (negative) of a `cat`"
     args = arguments(node)
@@ -184,7 +184,7 @@ def cat_backward(view, node, amap):
     def cut(x, begin, end): return x.narrow(dim, begin, end-begin) if x.shape[dim]>1 else x
     return [(i, compress(Affine(cut(amap.scale, begin, end), cut(amap.shift, begin, end)))) for i,begin,end in pieces]
 
-# %% ../../../nbs/fold/rules/03_movement.ipynb #624b35fa
+# %% ../../../nbs/fold/rules/03_movement.ipynb #0a07ccf4
 items = {} # op → rule for one of its outputs: `f(view, node, amap, item)`
 
 @backward(operator.getitem)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bn_ops', 'is_bn', 'running', 'value_of', 'gamma_of', 'norm_backward', 'layer_norm_backward', 'norm_forward']
 
-# %% ../../../nbs/fold/rules/02_norms.ipynb #b9229a86
+# %% ../../../nbs/fold/rules/02_norms.ipynb #766534fd
 import torch
 from torch.fx import Node
 from ..affine import *
@@ -14,7 +14,7 @@ from ..state import *
 from .registry import *
 from .linear import *
 
-# %% ../../../nbs/fold/rules/02_norms.ipynb #983626af
+# %% ../../../nbs/fold/rules/02_norms.ipynb #391cdf80
 _bn_names = ('batch_norm','native_batch_norm','_native_batch_norm_legit','_native_batch_norm_legit_functional',
              '_native_batch_norm_legit_no_training','cudnn_batch_norm','miopen_batch_norm','instance_norm')
 bn_ops = ops(*_bn_names)
@@ -34,7 +34,7 @@ def value_of(view, node:Node) -> Node:
     first = [user for user in node.users if op_name(user)=='getitem' and user.args[1]==0]
     return first[0] if first else node
 
-# %% ../../../nbs/fold/rules/02_norms.ipynb #cc20546b
+# %% ../../../nbs/fold/rules/02_norms.ipynb #3e904f59
 def gamma_of(view, node:Node, amap:Affine, **kwargs) -> Scaled:
     "γ and β of a normalization, which can take `amap` in"
     args = arguments(node)

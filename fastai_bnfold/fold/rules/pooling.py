@@ -6,14 +6,14 @@
 __all__ = ['items', 'average_backward', 'average_forward', 'maximum_backward', 'maximum_forward', 'reduction_forward',
            'reduction_backward']
 
-# %% ../../../nbs/fold/rules/04_pooling.ipynb #7665dbca
+# %% ../../../nbs/fold/rules/04_pooling.ipynb #f12673e9
 import operator, torch
 from ..affine import *
 from ..ops import *
 from .registry import *
 from .movement import items
 
-# %% ../../../nbs/fold/rules/04_pooling.ipynb #73e58dc4
+# %% ../../../nbs/fold/rules/04_pooling.ipynb #26d4eb41
 _averages = ('avg_pool1d','avg_pool2d','avg_pool3d','adaptive_avg_pool1d','adaptive_avg_pool2d','adaptive_avg_pool3d',
     '_adaptive_avg_pool2d','_adaptive_avg_pool3d',
     'upsample_nearest1d','upsample_nearest2d','upsample_nearest3d','_upsample_nearest_exact1d','_upsample_nearest_exact2d',
@@ -36,7 +36,7 @@ def _check_alike(view, node, amap, dims):
     if any(ndim+dim>=0 and amap.scale.shape[dim]>1 for dim in dims):
         raise Stop(f"{view.where(node)}, because the map differs between the positions that it brings together", 'differs by position')
 
-# %% ../../../nbs/fold/rules/04_pooling.ipynb #16ff00d4
+# %% ../../../nbs/fold/rules/04_pooling.ipynb #5ceb64f7
 @backward(*_averages)
 def average_backward(view, node, amap):
     "The map of the average"
@@ -49,7 +49,7 @@ def average_forward(view, node, amap, source):
     _check_window(view, node, amap)
     return [(node, amap)]
 
-# %% ../../../nbs/fold/rules/04_pooling.ipynb #bb9b6060
+# %% ../../../nbs/fold/rules/04_pooling.ipynb #0009b11d
 _maxima = ('max_pool1d','max_pool2d','max_pool3d','adaptive_max_pool1d','adaptive_max_pool2d','adaptive_max_pool3d',
            'max_pool1d_with_indices','max_pool2d_with_indices','max_pool3d_with_indices')
 
@@ -80,7 +80,7 @@ def _item(view, node, amap, item):
 
 items |= dict.fromkeys(ops(*_maxima), _item)
 
-# %% ../../../nbs/fold/rules/04_pooling.ipynb #e28b3cc7
+# %% ../../../nbs/fold/rules/04_pooling.ipynb #42cd7edb
 def _reduced(node, ndim):
     "The dimensions that `node` reduces (negative), and whether it keeps them"
     args = arguments(node)

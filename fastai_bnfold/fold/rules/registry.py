@@ -6,7 +6,7 @@
 __all__ = ['backward_rules', 'forward_rules', 'Stop', 'backward', 'forward', 'per_channel', 'constant', 'is_value', 'unbroadcast',
            'relative_error']
 
-# %% ../../../nbs/fold/rules/00_registry.ipynb #0fc7926f
+# %% ../../../nbs/fold/rules/00_registry.ipynb #3bd57a8c
 import torch
 from torch import Tensor, inf, nn
 from torch.fx import Node
@@ -14,7 +14,7 @@ from ..affine import *
 from ..ops import *
 from ..state import *
 
-# %% ../../../nbs/fold/rules/00_registry.ipynb #82ec3517
+# %% ../../../nbs/fold/rules/00_registry.ipynb #f6f67e2b
 class Stop(Exception):
     "Why a map can go no further, in words that complete “it stops at …”, and the kind of cause"
     def __init__(self,
@@ -26,7 +26,7 @@ class Stop(Exception):
 
 backward_rules,forward_rules = {},{}
 
-# %% ../../../nbs/fold/rules/00_registry.ipynb #262e9cca
+# %% ../../../nbs/fold/rules/00_registry.ipynb #0cc80a0f
 def _ops(names): return [op for name in names for op in (ops(name) if isinstance(name, str) else [name])]
 
 def backward(*names):
@@ -51,7 +51,7 @@ def forward(*names, several:bool=False):
         return f
     return register
 
-# %% ../../../nbs/fold/rules/00_registry.ipynb #5e2b76d1
+# %% ../../../nbs/fold/rules/00_registry.ipynb #1756f7a7
 def per_channel(view, node, amap:Affine, dim:int) -> Affine:
     "`amap` as one entry per channel, if it differs along the dimension `dim` (negative) only"
     for i,size in enumerate(amap.scale.shape):
@@ -79,7 +79,7 @@ def unbroadcast(view, node, source, amap:Affine) -> Affine:
         raise Stop(f"{view.where(node)}, which broadcasts a value to places with different maps", 'differs by position')
     return amap.view(sizes[extra:])
 
-# %% ../../../nbs/fold/rules/00_registry.ipynb #6d09016b
+# %% ../../../nbs/fold/rules/00_registry.ipynb #7d9e935e
 def relative_error(expected:Tensor, got:Tensor, dim:int=1) -> float:
     "Largest |difference|, relative to the largest magnitude in its channel (of nearly dead channels: to a millionth of the largest of all)"
     if expected.shape!=got.shape: return inf
