@@ -17,27 +17,29 @@ from fastai_bnfold.stats.training import subset_dl
 from fastai_bnfold.lab.command import machine
 from fastai_bnfold.lab.data import get_dls
 from fastai_bnfold.lab.training import train
-from fastai_bnfold.integer.staircase import unbounded
-from fastai_bnfold.integer.task import task_of
+from fastai_bnfold.integer.staircase import first_true, unbounded
+from fastai_bnfold.integer.task import from_left, task_of
 from fastai_bnfold.fold.testing import randomize_bn
 from fastai_bnfold.fold.report import text_table
 
 def float32_wrong(*args):
     "How many inputs float32 gets wrong, and how many there are, over all channels"
-    p,lo,hi,s,down = task_of(*args)
-    a,z = (o[:,None] for o in (np.where(down, -hi, lo), np.where(down, -lo, hi)))
-    exact = np.where(s.l<unbounded, s.l, z+1)
-    inv = (1/np.sqrt((p['var']+p['eps']).astype(np.float32))).astype(np.float32)
-    g,b,m,s_in,s_out = (np.asarray(o, np.float32) for o in (np.abs(p['weight']), p['bias'], np.where(down, -p['mean'], p['mean']), p['in_scale'], p['out_scale']))
-    a32,b32 = (g*inv*s_in/s_out)[:,None], ((b-g*inv*m)/s_out+np.float32(.5))[:,None]
-    first,last = np.broadcast_to(a, exact.shape).copy(),np.broadcast_to(z+1, exact.shape).copy() # float32 is monotone, too: bisection
-    while (first<last).any():
-        mid = (first+last)//2
-        reached = np.floor(mid.astype(np.float32)*a32+b32) >= s.levels
-        first,last = np.where(reached | (first>=last), first, mid+1),np.where(reached, np.minimum(mid, last), last)
+    task = task_of(*args)
+    p,lo,hi,_ = from_left(task.params, task.lo, task.hi)
+    lo,past = lo[:,None],hi[:,None]+1
+    exact = np.where(task.stairs.l<unbounded, task.stairs.l, past)
+    inv = (1/np.sqrt((p.var+p.eps).astype(np.float32))).astype(np.float32)
+    numbers = (p.weight, p.bias, p.mean, p.in_scale, p.out_scale)
+    weight,bias,mean,in_scale,out_scale = (np.asarray(v, np.float32) for v in numbers)
+    a32 = (weight*inv*in_scale/out_scale)[:,None]
+    b32 = ((bias-weight*inv*mean)/out_scale+np.float32(.5))[:,None]
+    def reached(x): return np.floor(x.astype(np.float32)*a32+b32) >= task.stairs.levels # monotone, too
+    def full(v): return np.broadcast_to(v, exact.shape)
+    first = first_true(reached, full(lo), full(past))
     low,high = np.minimum(exact, first),np.maximum(exact, first) # between the two thresholds the output is wrong
-    before = np.maximum.accumulate(np.concatenate([a, high[:,:-1]], 1), 1)
-    return int(np.maximum(high-np.maximum(low, before), 0).sum()), int((hi-lo+1).sum())
+    before = np.maximum.accumulate(np.concatenate([lo, high[:,:-1]], 1), 1)
+    wrong = np.maximum(high-np.maximum(low, before), 0)
+    return int(wrong.sum()), int((task.hi-task.lo+1).sum())
 
 def random_layers(seeds=8, octaves=6):
     "Layers of 64 random channels behind sums of 9·64 products of k-bit activations and 7-bit weights, for several scales of the input: bits, smallest shift, that of plain rounding"

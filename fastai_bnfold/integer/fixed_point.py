@@ -12,55 +12,95 @@ from .staircase import *
 from .steps import *
 from .task import *
 
-# %% ../../nbs/integer/03_fixed_point.ipynb #b70ef33d
-def _bits(x): return max((int(v).bit_length()+1 for v in (x.min(), x.max())), default=0) if len(x) else 0 # with the sign
-def _accumulator(A, B, lo, hi):
-    "The bits, with the sign, of the largest intermediate of `A·x + B`"
-    ends = [int(v) for a,b,l,h in zip(A.tolist(), B.tolist(), lo.tolist(), hi.tolist()) for v in (a*l, a*h, b, a*l+b, a*h+b)]
-    return max(v.bit_length() if v>=0 else (-v-1).bit_length() for v in (min(ends), max(ends)))+1
+# %% ../../nbs/integer/03_fixed_point.ipynb #f693751b
+def _check_input(x, n_channels):
+    if x.is_floating_point() or x.is_complex() or x.dtype==torch.bool:
+        raise FixedPointError(f"FixedPointBN works on integer tensors; got {x.dtype}. "
+                              "Give it the integer accumulator of the layer before.")
+    if x.ndim<2 or x.shape[1]!=n_channels:
+        raise FixedPointError(f"FixedPointBN has {n_channels} channels; got a tensor of shape {tuple(x.shape)}, "
+                              "with the channels expected in dimension 1.")
 
 class FixedPointBN(nn.Module):
     "A batch norm and the quantizer after it, on integers: `clip((A·x + B) >> n, qmin, qmax)`"
     def __init__(self, A:Tensor, B:Tensor, n:int, qmin:int, qmax:int, dtype:torch.dtype, figures:dict=None):
         super().__init__()
-        self.register_buffer('A', A.to(dtype)); self.register_buffer('B', B.to(dtype))
+        self.register_buffer('A', A.to(dtype))
+        self.register_buffer('B', B.to(dtype))
         self.n,self.qmin,self.qmax,self.dtype,self.figures = n,qmin,qmax,dtype,figures
+
     def forward(self,
         x:Tensor # Integers, items × channels × any positions
     ) -> Tensor: # Of the same shape, in [qmin, qmax]
-        if x.is_floating_point() or x.is_complex() or x.dtype==torch.bool: raise FixedPointError(f"FixedPointBN works on integer tensors; got {x.dtype}. Give it the integer accumulator of the layer before.")
-        if x.ndim<2 or x.shape[1]!=len(self.A): raise FixedPointError(f"FixedPointBN has {len(self.A)} channels; got a tensor of shape {tuple(x.shape)}, with the channels expected in dimension 1.")
-        s = (1,-1,*[1]*(x.ndim-2))
-        return (x.to(self.dtype)*self.A.view(s)).add_(self.B.view(s)).bitwise_right_shift_(self.n).clamp_(self.qmin, self.qmax)
-    def extra_repr(self): return f'{len(self.A)} channels, n={self.n}, outputs {self.qmin}..{self.qmax}, {str(self.dtype).removeprefix("torch.")}'
+        _check_input(x, len(self.A))
+        shape = (1,-1,*[1]*(x.ndim-2))
+        y = x.to(self.dtype)*self.A.view(shape)
+        y += self.B.view(shape)
+        return y.bitwise_right_shift_(self.n).clamp_(self.qmin, self.qmax)
+
+    def extra_repr(self):
+        dtype = str(self.dtype).removeprefix('torch.')
+        return f'{len(self.A)} channels, n={self.n}, outputs {self.qmin}..{self.qmax}, {dtype}'
+
+# %% ../../nbs/integer/03_fixed_point.ipynb #b70ef33d
+def _bits(x):
+    "Bits of the widest integer in `x`, with the sign"
+    return max((int(v).bit_length()+1 for v in (x.min(),x.max())), default=0) if len(x) else 0
+
+def _accumulator(A, B, lo, hi):
+    "The bits, with the sign, of the largest intermediate of `A·x + B`"
+    A,B,lo,hi = (v.astype(object) for v in (A,B,lo,hi)) # Python's integers do not overflow
+    ends = np.concatenate([A*lo, A*hi, B, A*lo+B, A*hi+B])
+    def bits(v): return (v if v>=0 else -v-1).bit_length()+1
+    return max(bits(ends.min()), bits(ends.max()))
 
 # %% ../../nbs/integer/03_fixed_point.ipynb #4240f9d3
-def _real(p):
+def _slope_and_shift(p):
     "|a| and b of every channel, in float64"
-    inv = 1/(np.sqrt(p['var']+p['eps'])*p['out_scale'])
-    return np.abs(p['weight'])*p['in_scale']*inv, p['bias']/p['out_scale'] - p['weight']*p['mean']*inv + .5
+    inv = 1/(np.sqrt(p.var+p.eps)*p.out_scale)
+    a = abs(p.weight)*p.in_scale*inv
+    b = p.bias/p.out_scale - p.weight*p.mean*inv + .5
+    return a, b
 
-def _right(s, A, B, n):
-    "For which channels `(A·x + B) >> n` is right for every x"
-    lo,hi = s.intercepts(A, n)
-    return (lo<=B) & (B<=hi)
+def _rounded(p, n):
+    "a·2ⁿ and b·2ⁿ, rounded"
+    def integer(v): return np.rint(np.clip(np.ldexp(v, n), -2.**61, 2.**61)).astype(np.int64)
+    return [integer(v) for v in _slope_and_shift(p)]
 
-def _rounded(p, n, most=2.**61): return [np.rint(np.clip(np.ldexp(v, n), -most, most)).astype(np.int64) for v in _real(p)]
+def _plain(task, n, most):
+    "The smallest shift from `n` on (none below the optimum can be) at which rounding is right; None if there is none"
+    for shift in range(n, most+1):
+        shifts = np.full(len(task.lo), shift)
+        A,B = _rounded(task.params, shifts)
+        if task.stairs.are_right(A, B, shifts).all():
+            return dict(n=shift, bits_A=_bits(A), bits_B=_bits(B))
 
-def _plain(s, p, n, most):
-    "The smallest shift at which rounded a and b are right for every x and channel (none below the optimum can be), and their bits; None if there is none"
-    for m in range(n, most+1):
-        shifts = np.full(len(s.l), m)
-        A,B = _rounded(p, shifts)
-        if _right(s, A, B, shifts).all(): return dict(n=m, bits_A=_bits(A), bits_B=_bits(B))
+# %% ../../nbs/integer/03_fixed_point.ipynb #733fe9d1
+def _multiplier(task, most):
+    "A 32-bit multiplier: its shifts, the bits of B, and how many channels are wrong for some x"
+    a,_ = _slope_and_shift(task.params)
+    shifts = 30-np.floor(np.log2(np.where(a>0, a, 1.)))
+    shifts = np.clip(shifts, 0, most).astype(np.int64)
+    A,B = _rounded(task.params, shifts)
+    right = task.stairs.are_right(A, B, shifts)
+    return dict(n=(int(shifts.min()),int(shifts.max())), bits_A=_bits(A), bits_B=_bits(B), wrong=int((~right).sum()))
 
-def _multiplier(s, p, most):
-    "A 32-bit multiplier with a shift of its own for every channel: the shifts, the bits of B, and how many channels are wrong for some x"
-    a = _real(p)[0]
-    shifts = np.clip(30-np.floor(np.log2(np.where(a>0, a, 1.))), 0, most).astype(np.int64)
-    A,B = _rounded(p, shifts)
-    return dict(n=(int(shifts.min()), int(shifts.max())), bits_A=_bits(A), bits_B=_bits(B), wrong=int((~_right(s, A, B, shifts)).sum()))
+# %% ../../nbs/integer/03_fixed_point.ipynb #b5d1e2be
+def _layer_shift(task, shifts, most, rounding):
+    "The shift of the layer, from those of the channels; an error where there is none in 64 bits"
+    n,widest = int(shifts.max()),int(shifts.argmax())
+    if n>most and task.stairs.is_empty(widest):
+        raise FixedPointError(f"Rounding '{rounding}' makes channel {widest} a staircase that no fixed-point operation has: "
+                              "its ties go up and down in turn. Use rounding='half_up'.")
+    def product(): # the largest A·x
+        x = max(abs(int(task.lo.min())), abs(int(task.hi.max())), 1)
+        return x*int(task.stairs.slopes(np.full(len(shifts), n))[0].max())
+    if n>most or product()>=2**62:
+        raise FixedPointError(f"The smallest exact fixed-point operation does not fit into 64 bits (channel {widest} needs "
+                              f"a shift of {n} or more). Narrow `in_range`, or use fewer `out_bits`.")
+    return n
 
+# %% ../../nbs/integer/03_fixed_point.ipynb #8841c50b
 def fixed_point_bn(
     bn:nn.Module,       # A batch norm of any dimension, with running statistics
     in_scale,           # What 1 in its integer input stands for: a number, or one per channel
@@ -70,29 +110,32 @@ def fixed_point_bn(
     signed:bool=False,  # Output in [-2^(k-1), 2^(k-1)-1]? Else in [0, 2^k-1], which does the work of a ReLU as well
     rounding:str='half_up' # Or 'half_even', 'half_away' (from zero)
 ) -> FixedPointBN:
-    "The integer operation with the smallest shift, and then the fewest bits, that equals BN and quantizer for every input in the range. `.figures` tells its size"
-    p,lo,hi,s,down = task_of(bn, in_scale, in_range, out_scale, out_bits, signed, rounding)
-    C,most = len(lo),60-out_bits
-    shifts = s.shifts(most)
-    n = int(shifts.max())
-    big = max(abs(int(lo.min())), abs(int(hi.max())), 1)
-    if n>most and s.is_empty(c := int(shifts.argmax())):
-        raise FixedPointError(f"Rounding '{rounding}' makes channel {c} a staircase that no fixed-point operation has: its ties go up and down in turn. Use rounding='half_up'.")
-    if n>most or int(s.slopes(np.full(C, n))[0].max())*big >= 2**62:
-        raise FixedPointError(f"The smallest exact fixed-point operation does not fit into 64 bits (channel {int(shifts.argmax())} needs a shift of {n} or more). Narrow `in_range`, or use fewer `out_bits`.")
-    A,B = fewest_bits(s, np.full(C, n))
-    acc = _accumulator(np.where(down, -A, A), B, lo, hi)
-    figures = dict(n=n, bits_A=_bits(A), bits_B=_bits(B), accumulator=acc, per_channel=shifts, plain=_plain(s, p, n, most), multiplier=_multiplier(s, p, most))
-    return FixedPointBN(torch.from_numpy(np.where(down, -A, A)), torch.from_numpy(B), n, int(s.levels[0])-1, int(s.levels[-1]), torch.int32 if acc<=32 else torch.int64, figures)
+    "The integer operation with the smallest shift, then the fewest bits, that equals BN and quantizer for every input; its `figures`"
+    task = task_of(bn, in_scale, in_range, out_scale, out_bits, signed, rounding)
+    most = 60-out_bits
+    shifts = task.stairs.shifts(most)
+    n = _layer_shift(task, shifts, most, rounding)
+    A,B = fewest_bits(task.stairs, np.full(len(shifts), n))
+    bits_A = _bits(A)
+    A = np.where(task.mirrored, -A, A)
+    bits = _accumulator(A, B, task.lo, task.hi)
+    figures = dict(n=n, bits_A=bits_A, bits_B=_bits(B), accumulator=bits, per_channel=shifts,
+                   plain=_plain(task, n, most), multiplier=_multiplier(task, most))
+    dtype = torch.int32 if bits<=32 else torch.int64
+    return FixedPointBN(torch.from_numpy(A), torch.from_numpy(B), n, task.qmin, task.qmax, dtype, figures)
 
-# %% ../../nbs/integer/03_fixed_point.ipynb #b5d1e2be
+# %% ../../nbs/integer/03_fixed_point.ipynb #b2a22e0b
 def exact_bn(
-    x:Tensor,          # Integers, items × channels × any positions, within `in_range`
-    bn:nn.Module, in_scale, in_range:tuple, out_scale:float, out_bits:int, signed:bool=False, rounding:str='half_up' # As in `fixed_point_bn`
-) -> Tensor:           # int64
+    x:Tensor, # Integers, items × channels × any positions, within `in_range`
+    bn:nn.Module, in_scale, in_range:tuple, out_scale:float, out_bits:int, # As in `fixed_point_bn`
+    signed:bool=False,
+    rounding:str='half_up'
+) -> Tensor:  # int64
     "The reference: BN and quantizer in exact arithmetic"
-    _,_,_,s,down = task_of(bn, in_scale, in_range, out_scale, out_bits, signed, rounding)
-    first = torch.from_numpy(s.l) # where level k is reached
-    z = torch.where(torch.from_numpy(down).view(1,-1,*[1]*(x.ndim-2)), -x.long(), x.long())
-    flat = z.transpose(0,1).reshape(len(first), -1).contiguous()
-    return (int(s.levels[0])-1+torch.searchsorted(first, flat, right=True)).view(z.transpose(0,1).shape).transpose(0,1)
+    task = task_of(bn, in_scale, in_range, out_scale, out_bits, signed, rounding)
+    reached_at = torch.from_numpy(task.stairs.l)
+    mirrored = torch.from_numpy(task.mirrored).view(1,-1,*[1]*(x.ndim-2))
+    climbing = torch.where(mirrored, -x.long(), x.long()).transpose(0,1)
+    by_channel = climbing.reshape(len(reached_at), -1).contiguous()
+    n_reached = torch.searchsorted(reached_at, by_channel, right=True)
+    return (task.qmin+n_reached).view(climbing.shape).transpose(0,1)
