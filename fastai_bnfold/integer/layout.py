@@ -48,7 +48,7 @@ def _span_of(program, node, spans, bits):
     if not reads: return None
     if op_of(node) in _relu: return (0,top)
     if op_of(node) in _moves: return spans[reads[0]]
-    if op_of(node) in _add and [*node.args]==reads: return tuple(map(sum, zip(*[spans[value] for value in reads])))
+    if op_of(node) in _add and [*node.args]==reads and not node.kwargs: return tuple(map(sum, zip(*[spans[value] for value in reads])))
 
 # %% ../../nbs/integer/04_layout.ipynb #ac02591d
 def _scale_groups(spans, bns):
