@@ -7,7 +7,7 @@ __all__ = ['local_bound', 'Claim', 'claims_of', 'LocalProof', 'reads_shape_only_
            'paths_of', 'record', 'Changed', 'wrong_ways', 'perturbed', 'other_inputs', 'max_err', 'channel_err',
            'tolerance', 'amplification']
 
-# %% ../../nbs/fold/10_verify.ipynb #53c0288c
+# %% ../../nbs/fold/10_verify.ipynb #76c011c5
 import copy, operator, torch
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from .rules.movement import *
 from .plan import *
 from .apply import *
 
-# %% ../../nbs/fold/10_verify.ipynb #52bdef53
+# %% ../../nbs/fold/10_verify.ipynb #f96a5e21
 @dataclass(frozen=True)
 class Claim:
     "What becomes of a value: unfolded it is `was(w)`, folded `becomes(w)`"
@@ -55,7 +55,7 @@ def claims_of(steps) -> tuple:
         for value,amap in step.wanted.items(): claims[value] = claims.get(value, Claim()).wanted(amap)
     return claims, between
 
-# %% ../../nbs/fold/10_verify.ipynb #96958454
+# %% ../../nbs/fold/10_verify.ipynb #747c51b6
 def _noise_like(x, generator):
     "Random numbers as large as those of `x`"
     size = x.std(correction=0) if x.numel() else x.new_tensor(1.)
@@ -71,9 +71,20 @@ def _positions(node, view):
     def each(name): return (list(args[name])*n)[:n]
     return [dilation*(size-1)+1+2*step for size,step,dilation in zip(kernel, each('stride'), each('dilation'))]
 
-_alike = {*bn_ops, *ops('relu','relu6','hardtanh','clamp','clamp_min','clamp_max','leaky_relu','abs','sigmoid')} # every position alone
+_alike = {*bn_ops, *ops('relu','relu6','hardtanh','clamp','clamp_min','clamp_max','leaky_relu','abs','sigmoid', # every position alone
+    'add','sub','rsub','mul','div','cat', # and of several values the same
+    'max_pool1d','max_pool2d','max_pool3d','avg_pool1d','avg_pool2d','avg_pool3d')} # or a few beside it
 
-# %% ../../nbs/fold/10_verify.ipynb #07db338a
+def _is_alike(node, view) -> bool:
+    "Does `node` treat all positions (those from the third dimension on) alike?"
+    if op_of(node) not in _alike: return False
+    if op_name(node)=='cat' and arguments(node)['dim']!=1: return False
+    tensors = [i for i in node.all_input_nodes if view.is_tensor(i)]
+    values = [i for i in tensors if not view.is_const(i)]
+    by_position = any(size>1 for i in tensors if view.is_const(i) and not is_bn(node) for size in view.shape(i)[2:] if len(view.shape(i))>2)
+    return not by_position and len({len(view.shape(i)) for i in values})==1
+
+# %% ../../nbs/fold/10_verify.ipynb #97cc95d8
 class LocalProof(torch.fx.Interpreter):
     "Runs a program, and computes every operation that a plan touches unfolded and folded; `errors` has the result, node by node"
     def __init__(self, program:Program, steps:list, state:State):
@@ -113,7 +124,7 @@ def reads_shape_only_of_all(node:Node) -> bool:
     "Does `node` want of all its inputs their shapes alone?"
     return all(reads_shape_only(node, i) for i in node.all_input_nodes)
 
-# %% ../../nbs/fold/10_verify.ipynb #7281e111
+# %% ../../nbs/fold/10_verify.ipynb #fd793698
 @patch
 def _sample(self:LocalProof, node, value):
     "The numbers of a value that `node` reads, float64, as many as are enough"
@@ -121,7 +132,8 @@ def _sample(self:LocalProof, node, value):
     few = _positions(node, self.program)
     cut = value
     if few is not None and self._is_by_channel(node, 1): cut = value[(slice(1), slice(None), *(slice(n) for n in few))]
-    elif op_of(node) in _alike and value.ndim>2 and self._is_by_channel(node, 1): cut = value[(slice(1), slice(None), *[slice(8)]*(value.ndim-2))]
+    elif value.ndim>2 and _is_alike(node, self.program) and self._is_by_channel(node, 1):
+        cut = value[(slice(1), slice(None), *[slice(8)]*(value.ndim-2))]
     elif op_name(node)=='linear' and self._is_by_channel(node, value.ndim-1): cut = value.reshape(-1, value.shape[-1])[:8]
     x = cut.detach().cpu().to(torch.float64, copy=True)
     return x if cut is value else torch.cat([x, _noise_like(x, self.generator)])
@@ -155,7 +167,7 @@ def _map(self:LocalProof, amap, i, x):
     ndim = len(self.program.shape(i))
     return (amap.aligned(ndim) if x.ndim==ndim else amap.view(-1))(x)
 
-# %% ../../nbs/fold/10_verify.ipynb #c2d1245a
+# %% ../../nbs/fold/10_verify.ipynb #c73a5e76
 @patch
 def _const(self:LocalProof, node, i):
     "The constant `i`, folded: exact, and stored for later"
@@ -202,7 +214,7 @@ def _folded(self:LocalProof, node, pairs, given):
     args = {name: map_arg(arg, given) for name,arg in arguments(node).items()} | {'bias': self.bias[node]}
     return node.target(*args.values())
 
-# %% ../../nbs/fold/10_verify.ipynb #189fc011
+# %% ../../nbs/fold/10_verify.ipynb #e8ed018a
 @patch
 def _check(self:LocalProof, node):
     "Compute `node` both ways, and compare what its claim says of it"
@@ -228,7 +240,7 @@ def _channels(self:LocalProof, node, value):
             if size>1: return min(dim+value.ndim-len(shape), value.ndim-1) if dim+value.ndim>=len(shape) else 0
     return min(1, value.ndim-1)
 
-# %% ../../nbs/fold/10_verify.ipynb #b24cd4fd
+# %% ../../nbs/fold/10_verify.ipynb #db34405a
 local_bound = 1e-7 # relative to a channel, in float64: beyond every rounding, far below every mistake
 
 def steps_at(steps, program) -> dict:
@@ -254,7 +266,7 @@ def prove_locally(program:Program, steps:list, state:State) -> LocalProof:
         for path in owners.get(node, ()): proof.wrong.setdefault(path, (node, error))
     return proof
 
-# %% ../../nbs/fold/10_verify.ipynb #fcce935d
+# %% ../../nbs/fold/10_verify.ipynb #73ce9a18
 _layout = {f'aten::{name}' for name in ('clone','contiguous','view','_unsafe_view','_reshape_alias','as_strided','reshape','copy',
     'empty','empty_like','empty_strided','alias','detach')} # where numbers lie in memory: a matter of the values' strides
 
@@ -308,7 +320,7 @@ def record(model:nn.Module, args:tuple, removed:dict=None) -> Recorded:
         except Exception as e: raise cannot_run(args, e) from e
         return Recorded(values_of(out), out, recorder.events, recorder.counts)
 
-# %% ../../nbs/fold/10_verify.ipynb #ffc8cb21
+# %% ../../nbs/fold/10_verify.ipynb #afbc86fd
 @dataclass
 class Changed:
     "The modules that a plan changes: their paths"
@@ -352,7 +364,7 @@ def wrong_ways(changed:Changed, example:dict, before:Recorded, after:Recorded) -
         if still: wrong[bn] = f"`forward` still calls `{still[0]}` as it was: it finds it where no module is registered (in a plain list, say)"
     return wrong
 
-# %% ../../nbs/fold/10_verify.ipynb #fd0fa648
+# %% ../../nbs/fold/10_verify.ipynb #af6c0f81
 def perturbed(args:tuple, noise:float=0.1, seed:int=0) -> tuple:
     "`args` with noise on every floating point tensor, at `noise` times its standard deviation"
     generator = torch.Generator().manual_seed(seed)
@@ -403,7 +415,7 @@ def _tensors(args):
     map_tensors(found.append, args)
     return found
 
-# %% ../../nbs/fold/10_verify.ipynb #75332742
+# %% ../../nbs/fold/10_verify.ipynb #8bbd9fdb
 def max_err(
     before:list, # Output tensors of the unfolded model
     after:list   # And of the folded one
@@ -427,7 +439,7 @@ def tolerance(tensors:list, n_folded:int) -> float:
     eps = max([torch.finfo(o.dtype).eps for o in tensors if o.is_floating_point()], default=torch.finfo(torch.float32).eps)
     return min(max(64*eps*(n_folded+1)**.5, 1e-11), .02)
 
-# %% ../../nbs/fold/10_verify.ipynb #6d24e3b8
+# %% ../../nbs/fold/10_verify.ipynb #7c0e0ae2
 def amplification(model:nn.Module, batches:list) -> float:
     "How far the outputs move if each parameter moves by one rounding; `batches`: pairs of arguments and outputs; infinite where that cannot be measured"
     try: shaken = copy.deepcopy(model)
