@@ -1,5 +1,5 @@
 "Graph folding: what eager folding must leave, parallel branches, and what goes in and out of an exported program"
-import io
+import io, os
 import pytest, torch, torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from torch import nn
@@ -186,7 +186,7 @@ def test_in_training_mode():
     f = BNFolder(); f.fold_graph(ep)
     assert f.report.n_folded==0 and 'statistics of the batch' in f.report.kept[0].reason
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, print_blob=False)
+@settings(max_examples=int(os.environ.get('EXPORTED_EXAMPLES', 12)), deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, print_blob=False)
 @given(programs)
 def test_random_graphs(program):
     steps,seed = program

@@ -6,7 +6,7 @@
 __all__ = ['Swaps', 'edits_of', 'exact_parameters', 'stored_parameter', 'store', 'new_parameters', 'clamp_of', 'computed_layers',
            'without_parametrization', 'baked', 'swaps_for']
 
-# %% ../../nbs/fold/09_apply.ipynb #27e8112f
+# %% ../../nbs/fold/09_apply.ipynb #088ee2aa
 import copy, torch
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from .program import *
 from .state import *
 from .plan import *
 
-# %% ../../nbs/fold/09_apply.ipynb #86b5f925
+# %% ../../nbs/fold/09_apply.ipynb #ec4e3301
 class Swaps:
     "References of a model that can be put in place and taken back, any number of times"
     def __init__(self): self.old,self.new,self.removed = [],[],{}  # (table, key, value), for the model's `_parameters` and `_modules` tables
@@ -43,7 +43,7 @@ class Swaps:
             if value is self: table.pop(key, None) # it was not there
             else: table[key] = value
 
-# %% ../../nbs/fold/09_apply.ipynb #07dc82d9
+# %% ../../nbs/fold/09_apply.ipynb #392226d8
 def edits_of(steps, gone) -> dict:
     "Full name of a weight → all edits to its layer, but for layers (BNs that took others in) that are `gone` themselves"
     by_weight,gone = {},set(gone)
@@ -85,7 +85,7 @@ def clamp_of(program, edit:Rebound) -> Clamp:
     like = torch.empty(0, dtype=value.dtype, device=program.device_of(edit.node))
     return Clamp(stored(edit.lo, like), stored(edit.hi, like), edit.inplace)
 
-# %% ../../nbs/fold/09_apply.ipynb #456afb1a
+# %% ../../nbs/fold/09_apply.ipynb #8f5531b9
 def _hooks_that_compute(module):
     kinds = WeightNorm, SpectralNorm, prune.BasePruningMethod
     return {i: hook for i,hook in module._forward_pre_hooks.items() if isinstance(hook, kinds)}
@@ -134,7 +134,7 @@ def baked(model:nn.Module):
     try: swaps.redo(); yield
     finally: swaps.undo()
 
-# %% ../../nbs/fold/09_apply.ipynb #8466be4e
+# %% ../../nbs/fold/09_apply.ipynb #8bd78612
 _hooks = ('_forward_hooks','_forward_pre_hooks','_forward_hooks_with_kwargs','_forward_pre_hooks_with_kwargs','_forward_hooks_always_called')
 
 def _in_place_of(old, new):
@@ -157,7 +157,7 @@ def _swap_parameters(model, swaps, parameters, new):
             new[module] = plain # (this copy is ours)
             plain._parameters[name] = parameter
 
-# %% ../../nbs/fold/09_apply.ipynb #65fe004e
+# %% ../../nbs/fold/09_apply.ipynb #7a5b0ca8
 def swaps_for(
     model:nn.Module,  # The model whose references are swapped; it may be a copy of the one that was planned
     program:Program,  # That was planned

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/fold/14_draw.ipynb #806c34a0
+# %% ../../nbs/fold/14_draw.ipynb #12eae746
 from torch import nn
 from .affine import patch
 from .ops import *
@@ -13,7 +13,7 @@ from .state import *
 from .rules.norms import *
 from .plan import *
 
-# %% ../../nbs/fold/14_draw.ipynb #243e0a11
+# %% ../../nbs/fold/14_draw.ipynb #519a3e73
 _colours = {'layer': '#2f80ed', 'gone': '#ffffff', 'kept': '#eb5757', 'clamp': '#f2994a', 'other': '#c4ccd4'}
 _arrows = {'backward': '#27ae60', 'forward': '#9b51e0', 'split': '#b8860b'}
 
@@ -31,16 +31,15 @@ def _places(nodes, width):
 
 def _kinds(plan, nodes):
     "Node → how it is drawn"
-    edits = [edit for step in plan.steps for edit in step.edits]
-    layers = {node for edit in edits if isinstance(edit, Absorb) for node in edit.nodes}
-    clamps = {edit.node for edit in edits if isinstance(edit, Rebound)}
+    clamps = {edit.node for edit in all_edits(plan.steps, Rebound)}
+    layers = set().union(*(edit.nodes for edit in all_edits(plan.steps, Absorb)))
     def kind(node):
         if node in plan.state.gone: return 'gone'
         if is_bn(node): return 'kept'
         return 'layer' if node in layers else 'clamp' if node in clamps else 'other'
     return {node: kind(node) for node in nodes}
 
-# %% ../../nbs/fold/14_draw.ipynb #0eedded4
+# %% ../../nbs/fold/14_draw.ipynb #bdc00cec
 def _draw_edges(ax, nodes, at):
     for node in nodes:
         for source in node.all_input_nodes:
@@ -49,7 +48,8 @@ def _draw_edges(ax, nodes, at):
             line = dict(arrowstyle='-', color='#bbbbbb', lw=1, connectionstyle='arc3,rad=.25')
             wrapped = x1<x0 # to the next row: two stubs
             if x1-x0>1 and y0==y1: ax.annotate('', (x1,y1), (x0,y0), arrowprops=line, zorder=1) # past others
-            elif wrapped: ax.plot([x0,x0+.5], [y0,y0], color='#dddddd', lw=1, zorder=1); ax.plot([x1-.5,x1], [y1,y1], color='#dddddd', lw=1, zorder=1)
+            elif wrapped:
+                for x,y in ((x0,y0), (x1-.5,y1)): ax.plot([x,x+.5], [y,y], color='#dddddd', lw=1, zorder=1)
             else: ax.plot([x0,x1], [y0,y1], color='#bbbbbb', lw=1, zorder=1)
 
 def _draw_ways(ax, plan, at):

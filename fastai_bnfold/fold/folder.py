@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['program_and_run', 'Evidence', 'in_words', 'dummy_batch', 'BNFolder', 'Fold', 'notes_of']
 
-# %% ../../nbs/fold/11_folder.ipynb #427b3060
+# %% ../../nbs/fold/11_folder.ipynb #4921f295
 import copy, torch
 from contextlib import contextmanager
 from torch import nn, Tensor, inf
@@ -19,7 +19,7 @@ from .plan import *
 from .apply import *
 from .verify import *
 
-# %% ../../nbs/fold/11_folder.ipynb #e148bc10
+# %% ../../nbs/fold/11_folder.ipynb #d836ae0c
 def _check_model(model):
     if not isinstance(model, nn.Module):
         raise FoldError(f"Expected an `nn.Module` (for a `Learner` call `learn.fold_bn()`), got {type(model).__name__}")
@@ -46,7 +46,7 @@ def program_and_run(model:nn.Module, args:tuple) -> tuple:
     raise TraceError(f"Two runs of the model on the same batch differ (by {err:.1e}): it is not deterministic in eval mode, "
         f"so no fold of it could be verified.{_in_training(model)}")
 
-# %% ../../nbs/fold/11_folder.ipynb #f1df9db9
+# %% ../../nbs/fold/11_folder.ipynb #97abcb19
 class Evidence:
     "What the unfolded model does on several inputs, and how far a folded one is from it"
     def __init__(self, model, args, example:Recorded, looks, structural:bool=True):
@@ -92,7 +92,7 @@ class Evidence:
     @property
     def allowed_at(self): return max(self.channel_errors.values(), default=0.)
 
-# %% ../../nbs/fold/11_folder.ipynb #2ed52439
+# %% ../../nbs/fold/11_folder.ipynb #42a87edb
 def _numel(tensors): return sum(t.numel() for t in tensors)
 
 @contextmanager
@@ -122,7 +122,7 @@ def dummy_batch(model:nn.Module) -> tuple:
     shape = 2,convs[0].in_channels,*[64]*(convs[0].weight.ndim-2)
     return (weight.new_empty(shape).uniform_(-1, 1, generator=torch.Generator(weight.device).manual_seed(0)),)
 
-# %% ../../nbs/fold/11_folder.ipynb #83f871d2
+# %% ../../nbs/fold/11_folder.ipynb #17292925
 class BNFolder:
     "Fold the batch norms of a model into their neighbours; `report` tells what happened"
     def __init__(self,
@@ -183,7 +183,7 @@ class BNFolder:
         check_dense(args)
         return args
 
-# %% ../../nbs/fold/11_folder.ipynb #6861184e
+# %% ../../nbs/fold/11_folder.ipynb #338b3f7b
 def _copy_of(model):
     try: return copy.deepcopy(model)
     except Exception as e: raise FoldError(f"This model cannot be copied ({type(e).__name__}: {e}). Fold it in place: `fold(model, xb, inplace=True)`") from e
@@ -218,7 +218,7 @@ class Fold:
         self.swaps = swaps_for(self.target, self.program, steps, parameters)
         self.swaps.redo()
 
-# %% ../../nbs/fold/11_folder.ipynb #8fb2a7e9
+# %% ../../nbs/fold/11_folder.ipynb #77d0ea04
 @patch
 def _prove(self:Fold):
     "Fold, and leave out what cannot be proved, until the rest is"
@@ -256,7 +256,7 @@ def _parameters(self:Fold, steps):
     missing = [step for step in steps if any(isinstance(e, Absorb) and e.absorber.weight in wanted and e.absorber.weight not in known for e in step.edits)]
     return new_parameters(self.program, steps, self.plan.state.gone) if missing else known
 
-# %% ../../nbs/fold/11_folder.ipynb #836a72a8
+# %% ../../nbs/fold/11_folder.ipynb #5452d5df
 @patch
 def _compare(self:Fold, steps):
     "BN → why it must stay, after the fold was put in place"
@@ -316,12 +316,12 @@ def _is_right(self:Fold, steps):
         return not self.evidence.compare(self.target, steps, self.swaps.removed) and not self.evidence.strange and self._is_close()
     finally: self.swaps.undo()
 
-# %% ../../nbs/fold/11_folder.ipynb #0a28b796
+# %% ../../nbs/fold/11_folder.ipynb #4b7be73b
 def notes_of(steps, computed:set) -> list:
     "What a user should know of a plan, beside its rows; `computed`: the layers that compute their weights"
-    layers = dict.fromkeys(edit.path for step in steps for edit in step.edits if isinstance(edit, Absorb))
+    layers = dict.fromkeys(edit.path for edit in all_edits(steps, Absorb))
     baked_in = [path for path in layers if path in computed]
-    clamps = {edit.path for step in steps for edit in step.edits if isinstance(edit, Rebound)}
+    clamps = {edit.path for edit in all_edits(steps, Rebound)}
     notes = []
     if baked_in: notes.append(f"Baked in: the weights of {', '.join(baked_in)} are no longer computed at every call.")
     if clamps: notes.append(f"{len(clamps)} activation{'s'*(len(clamps)>1)} became a `fastai_bnfold.fold.affine.Clamp`: whoever loads the pickled or exported model needs fastai_bnfold.")
@@ -345,7 +345,7 @@ def _caveats(self:Fold) -> list:
 
 @patch
 def _looks_note(self:Fold):
-    changed = list(dict.fromkeys(edit.path for step in self.plan.steps for edit in step.edits))
+    changed = list(dict.fromkeys(edit.path for edit in all_edits(self.plan.steps)))
     text = f"The model looks at its data ({', '.join(self.looks[:3])}) and may go another way for another input. "
     text += f"The fold is verified on {len(self.evidence.inputs)} batches only: make" if self.evidence else 'Make'
     return text + f" sure that no other way uses {', '.join(changed)} without its BN."

@@ -6,7 +6,7 @@
 __all__ = ['Lifted', 'bake_constants', 'set_argument', 'apply_to_graph', 'Branch', 'branch_of', 'merge', 'Structured',
            'GraphFold']
 
-# %% ../../nbs/fold/13_graph.ipynb #036c6992
+# %% ../../nbs/fold/13_graph.ipynb #97f46133
 import torch
 from dataclasses import dataclass, replace
 from torch import nn, fx, Tensor
@@ -31,7 +31,7 @@ from .apply import *
 from .verify import *
 from .folder import *
 
-# %% ../../nbs/fold/13_graph.ipynb #d5e0fd78
+# %% ../../nbs/fold/13_graph.ipynb #42c445e9
 _stored_kinds = InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR
 
 def _tensor_of(ep, spec): return ep.state_dict[spec.target] if spec.target in ep.state_dict else ep.constants[spec.target]
@@ -77,7 +77,7 @@ class Lifted:
         mode = detect_fake_mode([node.meta['val'] for node in self.specs if isinstance(node.meta.get('val'), Tensor)])
         return mode.from_tensor(tensor, static_shapes=True) if mode else tensor.detach()
 
-# %% ../../nbs/fold/13_graph.ipynb #afcd50fc
+# %% ../../nbs/fold/13_graph.ipynb #c2cc1a94
 def _order(spec): return {InputKind.PARAMETER: 1, InputKind.BUFFER: 2, InputKind.CONSTANT_TENSOR: 3}.get(spec.kind, 0 if spec.kind is InputKind.TOKEN else 4)
 
 def _named(spec, node):
@@ -130,7 +130,7 @@ def _sort_inputs(self:Lifted):
         else: first = first.next
     self.specs = dict(ordered)
 
-# %% ../../nbs/fold/13_graph.ipynb #98efb70a
+# %% ../../nbs/fold/13_graph.ipynb #d08bbd54
 def _argument_of(node, value):
     "The name of the argument as which `node` reads `value`"
     if not has_schema(node): return 'constant'
@@ -159,7 +159,7 @@ def bake_constants(lifted:Lifted, program:Program):
     lifted.clean_up()
     lifted.gm.recompile()
 
-# %% ../../nbs/fold/13_graph.ipynb #96a4ee7b
+# %% ../../nbs/fold/13_graph.ipynb #6f447bf3
 def _insert_clamp(lifted, program, edit):
     "The activation with other bounds, as one or two operations"
     node,clamp = lifted.copies[edit.node],clamp_of(program, edit)
@@ -187,19 +187,17 @@ def _set_parameters(lifted, program, steps, parameters):
     for name,tensor in parameters.items():
         if name in by_name: lifted.tensors[by_name[name]] = tensor
         else: by_name[name] = lifted.add(name, tensor)
-    for step in steps:
-        for edit in step.edits:
-            makes_bias = isinstance(edit, Absorb) and edit.absorber.bias in parameters and program.tensor_named(edit.absorber.bias) is None
-            for node in edit.nodes if makes_bias else (): set_argument(lifted.copies[node], 'bias', by_name[edit.absorber.bias])
+    for edit in all_edits(steps, Absorb):
+        makes_bias = edit.absorber.bias in parameters and program.tensor_named(edit.absorber.bias) is None
+        for node in edit.nodes if makes_bias else (): set_argument(lifted.copies[node], 'bias', by_name[edit.absorber.bias])
 
 def apply_to_graph(lifted:Lifted, program:Program, steps:list, parameters:dict) -> Lifted:
     "A copy of the graph, changed as planned"
     new,bounds = lifted.copy(),{}
     _set_parameters(new, program, steps, parameters)
     gone = {}
-    for step in steps:
-        bounds |= {edit.node: edit for edit in step.edits if isinstance(edit, Rebound)}
-        gone |= step.links
+    for edit in all_edits(steps, Rebound): bounds[edit.node] = edit
+    for step in steps: gone |= step.links
     for node,source in gone.items():
         while source in gone: source = gone[source]
         new.copies[node].replace_all_uses_with(new.copies[source])
@@ -207,7 +205,7 @@ def apply_to_graph(lifted:Lifted, program:Program, steps:list, parameters:dict) 
     new.clean_up()
     return new
 
-# %% ../../nbs/fold/13_graph.ipynb #933aaa8a
+# %% ../../nbs/fold/13_graph.ipynb #342d66b0
 def _each(args, name, n, default):
     value = args.get(name, default)
     return tuple((list(value)*n)[:n]) if isinstance(value, (list,tuple)) else (value,)*n
@@ -250,7 +248,7 @@ def branch_of(tensors:dict, node:Node, coefficient:float) -> Branch:
     taps = tuple(d if k>1 else 0 for d,k in zip(dilation, kernel)) # 0: any
     return Branch(coefficient, args['input'], node, weight, bias, kernel, _each(args, 'stride', n, 1), padding, taps, args.get('groups', 1))
 
-# %% ../../nbs/fold/13_graph.ipynb #a57b97df
+# %% ../../nbs/fold/13_graph.ipynb #e25f8bfd
 @patch
 def takes(self:Branch, other) -> bool:
     "Can this layer take in the summand `other`, without becoming larger?"
@@ -276,7 +274,7 @@ def plus(self:Branch, others) -> tuple:
         if other.bias is not None: b += other.coefficient*other.bias.detach().cpu().double()
     return W, b
 
-# %% ../../nbs/fold/13_graph.ipynb #7d627ce8
+# %% ../../nbs/fold/13_graph.ipynb #a0f213c8
 def _is_own(lifted, arg):
     "Is `arg` a parameter that nobody else reads?"
     tensor = lifted.tensors.get(arg)
@@ -304,7 +302,7 @@ def _best_layer(lifted, view, terms):
         if len(rest)>len(best[1]): best = layer,rest
     return best
 
-# %% ../../nbs/fold/13_graph.ipynb #34c69196
+# %% ../../nbs/fold/13_graph.ipynb #97e74a52
 class _Merger:
     "Merges in one graph; `merged`: path of a layer → what it is made of"
     def __init__(self, lifted, program):
@@ -344,7 +342,7 @@ class _Merger:
         for node,names in parts.items(): self.merged[self.rename(node, root)] = names
     def label(self, node): return self.lifted.specs[arguments(node)['weight']].target.rpartition('.')[0] or self.view.label(node)
 
-# %% ../../nbs/fold/13_graph.ipynb #5b2aee75
+# %% ../../nbs/fold/13_graph.ipynb #e2a777c6
 def _prove_merge(layer, others, W, b):
     "Is the merged layer the sum of its parts? On random values of a few positions, float64"
     generator = torch.Generator().manual_seed(0)
@@ -410,7 +408,7 @@ def merge(lifted:Lifted, program:Program) -> dict:
     "Merge parallel linear layers of one value, and the value itself, into one layer; path of the layer → what it is made of"
     return _Merger(lifted, program).run()
 
-# %% ../../nbs/fold/13_graph.ipynb #e5634189
+# %% ../../nbs/fold/13_graph.ipynb #f2a64bdd
 class Structured(nn.Module):
     "A module that takes its arguments, keyword arguments included, one after the other"
     def __init__(self, module, spec):
@@ -448,10 +446,10 @@ class GraphFold(Fold):
         self.exported = new.exported()
         self.target = Structured(self.exported.module(), self.spec)
 
-# %% ../../nbs/fold/13_graph.ipynb #a5d7f375
+# %% ../../nbs/fold/13_graph.ipynb #0aceb8f9
 def _merged_note(merged):
     shown = '; '.join(f"{path} is {' and '.join(parts)}" for path,parts in list(merged.items())[:2])
-    return f"{sum(map(len, merged.values()))} parallel branches became {len(merged)} layers: {shown}{'; …' if len(merged)>2 else '.'}"
+    return f"{sum(map(len, merged.values()))} parallel branches became {len(merged)} layer{'s'*(len(merged)>1)}: {shown}{'; …' if len(merged)>2 else '.'}"
 
 @patch
 @in_words()

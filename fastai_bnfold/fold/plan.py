@@ -6,7 +6,7 @@
 __all__ = ['Chain', 'BN', 'bn_map', 'step_map', 'bns_in_modules', 'bns_in_graph', 'bns_of', 'Step', 'all_edits', 'fold_one',
            'sites', 'cheapest', 'FoldPlan', 'make_plan']
 
-# %% ../../nbs/fold/08_plan.ipynb #554c011d
+# %% ../../nbs/fold/08_plan.ipynb #1707e0b0
 import torch
 from torch import nn
 from torch.fx import Node
@@ -23,7 +23,7 @@ from .sums import *
 from .search import *
 from .report import *
 
-# %% ../../nbs/fold/08_plan.ipynb #8e0d4ead
+# %% ../../nbs/fold/08_plan.ipynb #9ddddb12
 @dataclass(eq=False)
 class Chain:
     "One run of a batch norm, or of another constant affine map"
@@ -55,7 +55,7 @@ class BN:
         for chain in self.chains: links |= chain.links()
         return links
 
-# %% ../../nbs/fold/08_plan.ipynb #adae0a41
+# %% ../../nbs/fold/08_plan.ipynb #e6a57347
 def _check_numbers(args, tensors, path):
     "A `StatisticsError` if the statistics and parameters of a BN are no numbers to compute with"
     for name,x in tensors.items():
@@ -82,7 +82,7 @@ def bn_map(view, node:Node) -> Affine:
     ndim = len(view.shape(args['input']))
     return amap.view(1, -1, *[1]*(ndim-2)) if ndim>1 else amap
 
-# %% ../../nbs/fold/08_plan.ipynb #6806f2e8
+# %% ../../nbs/fold/08_plan.ipynb #bb3a9d64
 def step_map(view, node:Node, value:Node) -> Affine:
     "The map by which `node` makes its value from `value`; `Stop` if that is none"
     if is_bn(node): return bn_map(view, node)
@@ -104,7 +104,7 @@ def _class_name(view, node): return view.call(node).module._get_name() if view.c
 def _more(view, node, what):
     return Stop(f"its `forward` (of {_class_name(view, node)}) does more than to normalize: {what}", 'does more')
 
-# %% ../../nbs/fold/08_plan.ipynb #3295b5f8
+# %% ../../nbs/fold/08_plan.ipynb #0b4919f1
 def _within(view, call):
     "The ops of a call and of all calls inside it"
     nodes = list(view.ops_of(call))
@@ -128,7 +128,7 @@ def _applied_after(view, call, value):
     if any(user not in inside for node in inside if node is not value for user in node.users): raise more
     return names
 
-# %% ../../nbs/fold/08_plan.ipynb #5fdde473
+# %% ../../nbs/fold/08_plan.ipynb #ee26de4d
 def _check_hooks(module):
     for hook in module._forward_pre_hooks.values():
         if hasattr(hook, 'why_not_affine'): raise Stop(hook.why_not_affine, 'does more')
@@ -157,7 +157,7 @@ def _may_be_affine(view, call):
     holds = any(True for _ in (*call.module.parameters(), *call.module.buffers()))
     return holds and not view.children(call) and all(op_of(node) in (*product_ops, *sum_ops) for node in view.ops_of(call))
 
-# %% ../../nbs/fold/08_plan.ipynb #7678cbe9
+# %% ../../nbs/fold/08_plan.ipynb #7e50bfc6
 def _bn_of_module(view, calls):
     "The BN of a module, with all its calls"
     first = calls[0]
@@ -194,7 +194,7 @@ def bns_in_modules(view) -> list:
     res = [found[node] for node in view.nodes if node in found]
     return [bn for bn in res if bn.is_bn or not bn.reason]
 
-# %% ../../nbs/fold/08_plan.ipynb #f5d6e0d7
+# %% ../../nbs/fold/08_plan.ipynb #f78d0a5d
 def _bn_in_graph(view, node):
     bn = BN(view.label(node), is_bn=True)
     if view.is_const(node): bn.reason,bn.kind = "what it normalizes is a constant of the model, which depends on no input",'constant'
@@ -235,7 +235,7 @@ def bns_of(view) -> list:
     "Every BN of a program, and other constant maps, in the order of execution"
     return bns_in_graph(view) if view.free else bns_in_modules(view)
 
-# %% ../../nbs/fold/08_plan.ipynb #5b2bf57f
+# %% ../../nbs/fold/08_plan.ipynb #88f6cc2a
 @dataclass(frozen=True, eq=False)
 class Step(ByValue):
     "How one BN goes"
@@ -261,7 +261,7 @@ class Step(ByValue):
     @property
     def acts(self): return list(dict.fromkeys(edit.path for edit in self.edits if isinstance(edit, Rebound)))
 
-# %% ../../nbs/fold/08_plan.ipynb #96cfe925
+# %% ../../nbs/fold/08_plan.ipynb #68511ffc
 def all_edits(steps, kind=(Absorb,Rebound)) -> list:
     "All edits of this kind, in order"
     edits = []
@@ -299,7 +299,7 @@ def fold_one(
         search.check_memory(view, chain.nodes[0], chain.last, chain.source, replaced)
     return search.checked(found)
 
-# %% ../../nbs/fold/08_plan.ipynb #8be3b913
+# %% ../../nbs/fold/08_plan.ipynb #c2cc4a5d
 def _behind_constants(view, bn, amap):
     "If what comes next are sums or products with constants: the value behind them, the map on it that makes up for the BN, and the values in between"
     search = Search(view.program, view.state)
@@ -327,7 +327,7 @@ def sites(view, bn) -> list:
         if other: found.append((other[0], other[1], (*other[2], *chain.nodes)))
     return found
 
-# %% ../../nbs/fold/08_plan.ipynb #a543ccd5
+# %% ../../nbs/fold/08_plan.ipynb #bf3ce247
 def _step(bn, how, found, amap):
     "`found` as a step; where the BN does shift, a part of its map that does not needs no bias"
     some_shift = bool((amap.shift!=0).any())
@@ -353,7 +353,7 @@ def cheapest(
                 if best.extra<=0: return best
     return best
 
-# %% ../../nbs/fold/08_plan.ipynb #ee03b22a
+# %% ../../nbs/fold/08_plan.ipynb #d0250db2
 @dataclass(repr=False)
 class FoldPlan(FoldTable):
     "What folding would do: `rows` for people, `steps` for the folder"
@@ -369,7 +369,7 @@ class FoldPlan(FoldTable):
 _all_ways = ('backward','forward','split')
 _rounds = [(0, [(('backward',), 1), (('forward','split'), -1)]), (1, [(_all_ways, 1)]), (2, [(_all_ways, 1)])]
 
-# %% ../../nbs/fold/08_plan.ipynb #673203d1
+# %% ../../nbs/fold/08_plan.ipynb #7d9e10a2
 class _Planner:
     "A plan in the making"
     def __init__(self, program, costly, clamps, state=State()):
@@ -411,7 +411,7 @@ class _Planner:
         reason = f"possible ({step.how} into {', '.join(step.into)}), but {', '.join(step.acts)} {but}"
         return Row(bn.path, how=step.how, into=step.into, acts=step.acts, possible=True, reason=reason, kind='does not pay', calls=len(bn.chains))
 
-# %% ../../nbs/fold/08_plan.ipynb #75d7f0ef
+# %% ../../nbs/fold/08_plan.ipynb #37fcb51c
 def _in_words(reasons):
     "One sentence out of the reasons in the two directions, and their kinds"
     back,fore = reasons.get('backward'),reasons.get('forward')
@@ -432,7 +432,7 @@ def _never_ran(program, model):
     return [Row(path, live=False, reason='it never ran on the example batch in eval mode', kind='never ran') for path,module in model.named_modules()
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in ran]
 
-# %% ../../nbs/fold/08_plan.ipynb #d6d687c3
+# %% ../../nbs/fold/08_plan.ipynb #29fa7e77
 def _may_write(view, node):
     "May `node` write into its input when all that is gone is gone: are these values nobody else's, and all at different places in memory?"
     earlier = [v for v in view.aliases(node.args[0]) if view.at[v]<view.at[node]]
@@ -449,7 +449,7 @@ def _in_place(view, steps):
         return replace(edit, inplace=_may_write(view, edit.node))
     return [replace(step, edits=tuple(map(settled, step.edits))) for step in steps]
 
-# %% ../../nbs/fold/08_plan.ipynb #9c34da54
+# %% ../../nbs/fold/08_plan.ipynb #d8b687bd
 _of_modules = {'bare function','shared activation','shared weight','does more','no module','no place for a bias','TorchScript','tied weight'}
 
 def _mark_graph(program, state, bns, rows, costly, clamps):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Call', 'out_of_place', 'Program', 'program_of', 'shape_of', 'own_copy', 'program_of_graph']
 
-# %% ../../nbs/fold/03_program.ipynb #db7ed810
+# %% ../../nbs/fold/03_program.ipynb #e9c18f01
 import gc, torch
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .affine import patch
 from .ops import *
 from .inputs import *
 
-# %% ../../nbs/fold/03_program.ipynb #a69b3fe0
+# %% ../../nbs/fold/03_program.ipynb #e25da203
 @dataclass(eq=False)
 class Call:
     "One call of a module during the run"
@@ -62,7 +62,7 @@ class _Calls:
         finally:
             for hook in hooks: hook.remove()
 
-# %% ../../nbs/fold/03_program.ipynb #b56bb4bf
+# %% ../../nbs/fold/03_program.ipynb #8635f1b8
 @contextmanager
 def out_of_place(model:nn.Module):
     "While active, no module of `model` with a flag `inplace` works in place"
@@ -82,7 +82,7 @@ def _still_alive(known):
     if alive(): gc.collect() # it may only wait for this
     return alive()
 
-# %% ../../nbs/fold/03_program.ipynb #9ce0d0d8
+# %% ../../nbs/fold/03_program.ipynb #035eda0a
 def _numbers(tensor):
     "On the CPU, in float64 if it is floating point"
     value = tensor.detach().cpu()
@@ -135,7 +135,7 @@ class _Asked:
         "Is the module at this path compiled by TorchScript?"
         return path in self.scripted
 
-# %% ../../nbs/fold/03_program.ipynb #a16fe1ec
+# %% ../../nbs/fold/03_program.ipynb #f9f463e7
 class _Values(_Asked):
     def val(self, node:Node):
         "The value of `node` without its numbers; of what is no tensor (a size), the value"
@@ -172,7 +172,7 @@ class _Values(_Asked):
         "The nodes at which the model looks at its data"
         return [node for node in self.nodes if looks(node) and not self.is_const(node)]
 
-# %% ../../nbs/fold/03_program.ipynb #7ee8e9ac
+# %% ../../nbs/fold/03_program.ipynb #cf7785d3
 class _Homes(_Values):
     def call(self, node:Node):
         "The innermost module call in which `node` ran"
@@ -205,7 +205,7 @@ class _Homes(_Values):
         if self.free: return self
         return Program(self.gm, self.inputs, self._tensors, self._places, self._vals, self._owner, self.calls, self.outputs, self.kept, self.scripted, free=True)
 
-# %% ../../nbs/fold/03_program.ipynb #85fd0239
+# %% ../../nbs/fold/03_program.ipynb #98b50a4a
 class Program(_Homes):
     "A dataflow: nodes in the order of execution, with their shapes, who owns them, what they read. It does not change"
     def __init__(self,
@@ -229,7 +229,7 @@ class Program(_Homes):
         self._named = {self.name_of(tensor): tensor for tensor in tensors.values()}
         self.answers,self._numbers,self.devices = {},{},{} # what was asked for already; devices of values of a graph
 
-# %% ../../nbs/fold/03_program.ipynb #5d3252c5
+# %% ../../nbs/fold/03_program.ipynb #5783ca39
 @patch
 def _set_calls(self:Program):
     self.n_calls,self._children,self._ops = {},{},{}
@@ -278,7 +278,7 @@ def _set_readers(self:Program):
             read = frozenset().union(*(self._leaves[i] for i in inputs if not reads_shape_only(node, i)))
             for leaf in read: self._readers.setdefault(id(self._tensors[leaf]), []).append(node)
 
-# %% ../../nbs/fold/03_program.ipynb #abab59c2
+# %% ../../nbs/fold/03_program.ipynb #da5f6b33
 def _places_of(model):
     "id of a tensor → every `(path, name, is it a parameter?)` at which it is registered, once per module"
     paths,places = {},{}
@@ -322,7 +322,7 @@ def program_of(
     scripted = frozenset(path for module,path in paths.items() if isinstance(module, torch.jit.ScriptModule))
     return Program(gm, inputs, tensors, places, vals, calls.owner, tuple(calls.calls), tuple(seen['out']), kept, scripted)
 
-# %% ../../nbs/fold/03_program.ipynb #8d22b2b4
+# %% ../../nbs/fold/03_program.ipynb #8273027a
 class _Run(torch.fx.Interpreter):
     "A run that notes what the values are, without keeping their numbers"
     def __init__(self, gm): super().__init__(gm); self.vals,self.devices = {},{}
@@ -350,7 +350,7 @@ def _paths(nodes) -> dict:
         res[node] = path if all(part.isidentifier() or part.isdigit() for part in path.split('.')) else ''
     return res
 
-# %% ../../nbs/fold/03_program.ipynb #8b44e42f
+# %% ../../nbs/fold/03_program.ipynb #169b33ac
 @dataclass(eq=False)
 class _Exported:
     "Stands for the module from which nodes were exported"

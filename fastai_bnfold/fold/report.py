@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Row', 'text_table', 'html_table', 'FoldTable', 'FoldReport']
 
-# %% ../../nbs/fold/07_report.ipynb #400433e8
+# %% ../../nbs/fold/07_report.ipynb #72146ea4
 from dataclasses import dataclass, field, asdict
 from html import escape
 from .affine import patch
 
-# %% ../../nbs/fold/07_report.ipynb #ee4b5997
+# %% ../../nbs/fold/07_report.ipynb #e87af130
 @dataclass
 class Row:
     "What becomes of a batch norm"
@@ -35,7 +35,7 @@ class Row:
         clamps = f"; {', '.join(self.acts)} clamps per channel" if self.acts else ''
         return f"{self.how} into {where}{clamps}"
 
-# %% ../../nbs/fold/07_report.ipynb #d210148e
+# %% ../../nbs/fold/07_report.ipynb #1780a65f
 def _num(x) -> str:
     "A number for a table"
     if x is None: return ''
@@ -59,7 +59,7 @@ def html_table(head:list, rows:list) -> str:
     body = ''.join(f'<tr>{cells("td", row)}</tr>' for row in rows)
     return f'<table><thead><tr>{cells("th", head)}</tr></thead><tbody>{body}</tbody></table>'
 
-# %% ../../nbs/fold/07_report.ipynb #b9c2d4ba
+# %% ../../nbs/fold/07_report.ipynb #f27c7dea
 class FoldTable:
     "Rows, and ways to show them"
     verb = 'folded'
@@ -88,13 +88,13 @@ class FoldTable:
         others,more = sum(not row.is_bn for row in self.rows),self.n_possible-self.n_folded
         title = f"{self.n_folded} of {self.n_bn} batch norms {self.verb}"
         if others: title += f", and {others} other per-channel constants"
-        if more: title += f" ({more} more are possible, but would not pay: `costly=True`)"
+        if more: title += f" ({more} more could be folded, at a cost: see the reasons)"
         if self.n_in_graph: title += f" ({self.n_in_graph} of those that stay would go in an exported graph: `fold_graph`)"
         return title
     def _figures(self): return [], []
     def _rows(self): return [[row.bn, row.fate] for row in self.kept + [row for row in self.rows if row.folded]]
 
-# %% ../../nbs/fold/07_report.ipynb #2b685b26
+# %% ../../nbs/fold/07_report.ipynb #3725a223
 def _as_text(self:FoldTable) -> str:
     parts = [self._title()]
     if self._figures()[1]: parts.append(text_table(*self._figures()))
@@ -117,7 +117,7 @@ def to_df(self:FoldTable):
 
 FoldTable.__str__ = FoldTable.__repr__ = _as_text
 
-# %% ../../nbs/fold/07_report.ipynb #7a191a2c
+# %% ../../nbs/fold/07_report.ipynb #2ca3f03a
 @dataclass(repr=False)
 class FoldReport(FoldTable):
     "What a fold did, and the evidence that it changed nothing else"
@@ -143,7 +143,7 @@ class FoldReport(FoldTable):
         "Everything, as plain types (for JSON)"
         return dict(n_bn=self.n_bn, n_folded=self.n_folded) | asdict(self)
 
-# %% ../../nbs/fold/07_report.ipynb #f12c1e6c
+# %% ../../nbs/fold/07_report.ipynb #28c403b1
 def _ms(seconds): return None if seconds is None else f"{seconds*1e3:.2f} ms"
 
 def _speed(speedup): return f"{speedup:.2f}x faster" if speedup>=1 else f"{1/speedup:.2f}x slower"
@@ -173,7 +173,7 @@ def _title(self:FoldReport):
     if self.n_changed is not None: title += f"; {self.n_changed:,} of {self.n_items:,} predictions changed"
     return '\n'.join([title, *self.notes])
 
-# %% ../../nbs/fold/07_report.ipynb #fd84a531
+# %% ../../nbs/fold/07_report.ipynb #220dc9b7
 def _bars(ax, values, name, fmt):
     bars = ax.bar(['before','after'], [value or 0 for value in values], color=['#9aa5b1','#2f80ed'], width=.6)
     ax.bar_label(bars, [fmt(value) if value is not None else 'not measured' for value in values], padding=2)

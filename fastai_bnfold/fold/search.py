@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Found', 'deep', 'Search', 'splits', 'ways']
 
-# %% ../../nbs/fold/06_search.ipynb #50f225fa
+# %% ../../nbs/fold/06_search.ipynb #6f264e21
 import sys, torch
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from .rules.arithmetic import *
 from .rules.clamps import *
 from .sums import *
 
-# %% ../../nbs/fold/06_search.ipynb #c9efe828
+# %% ../../nbs/fold/06_search.ipynb #de0441d8
 @dataclass
 class Found:
     "What a pass found: the edits, and what becomes of the values in between"
@@ -41,7 +41,7 @@ def deep():
     try: sys.setrecursionlimit(max(limit, 10_000)); yield
     finally: sys.setrecursionlimit(limit)
 
-# %% ../../nbs/fold/06_search.ipynb #f34622f3
+# %% ../../nbs/fold/06_search.ipynb #964eb841
 class Search(View):
     "The passes over a program in a state"
     def __init__(self, program, state): super().__init__(program, state); self._answers = {}
@@ -73,7 +73,7 @@ class Search(View):
         names = list(dict.fromkeys(self.where(node) for node in nodes))
         return ', '.join(names[:2]) + (f' and {len(names)-2} others' if len(names)>2 else '')
 
-# %% ../../nbs/fold/06_search.ipynb #8525c816
+# %% ../../nbs/fold/06_search.ipynb #4a08b54e
 def _reader_of(value): return value.args[0] if op_name(value)=='getitem' else value
 
 @patch
@@ -120,7 +120,7 @@ def _beside(self:Search, value, amap, by_reader, others):
     while self.hands_on(node): handing.add(node); [node] = self.users(node)
     return Found([edit], between=between|handing)
 
-# %% ../../nbs/fold/06_search.ipynb #a1dfee80
+# %% ../../nbs/fold/06_search.ipynb #c879b92b
 @patch
 def why_not(self:Search,
     value:Node,
@@ -147,7 +147,7 @@ def _try(self:Search, value, reader, amap):
         if not isinstance(part, tuple): continue
         if stop := self.why_not(part[0], _reader_of(value), part[1]): raise stop
 
-# %% ../../nbs/fold/06_search.ipynb #d4bb0aec
+# %% ../../nbs/fold/06_search.ipynb #00e816fa
 @patch
 def forward(self:Search,
     maps:dict   # Value → the map that is taken out in front of it, and put off
@@ -168,7 +168,7 @@ def forward(self:Search,
             todo |= set(self.users(value))
     return found
 
-# %% ../../nbs/fold/06_search.ipynb #c9ac17c0
+# %% ../../nbs/fold/06_search.ipynb #9b9af403
 def splits(amap:Affine) -> list:
     "Pairs of maps `(before, after)`, each of which make up `amap`"
     scale,shift = torch.broadcast_tensors(amap.scale, amap.shift)
@@ -190,7 +190,7 @@ def ways(amap:Affine, how:str) -> list:
     one = Affine.one()
     return {'backward': [(amap, one)], 'forward': [(one, amap)], 'split': splits(amap)}[how]
 
-# %% ../../nbs/fold/06_search.ipynb #39b0ad72
+# %% ../../nbs/fold/06_search.ipynb #acd86ad1
 def _by(edits, key):
     groups = {}
     for edit in edits: groups.setdefault(key(edit), []).append(edit)
@@ -235,7 +235,7 @@ def _check_activation(self:Search, edits):
         raise Stop(f"`{first.path}` ({self.call(first.node).module._get_name()}), whose bounds would have to change: it is shared by {n_calls} calls", 'shared activation')
     return edits
 
-# %% ../../nbs/fold/06_search.ipynb #c5104ec1
+# %% ../../nbs/fold/06_search.ipynb #3a3fedd9
 @patch
 def check_memory(self:Search,
     now:View,     # The program before the fold

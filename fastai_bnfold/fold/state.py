@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ByValue', 'Absorber', 'Layer', 'add_identity', 'Scaled', 'Stored', 'Absorb', 'Rebound', 'edited', 'State', 'View']
 
-# %% ../../nbs/fold/04_state.ipynb #e1147a67
+# %% ../../nbs/fold/04_state.ipynb #fb5f88bf
 import torch
 from dataclasses import dataclass, field, fields, replace
 from torch import Tensor, inf, nn
@@ -14,7 +14,7 @@ from .affine import *
 from .ops import *
 from .program import *
 
-# %% ../../nbs/fold/04_state.ipynb #f8edea1c
+# %% ../../nbs/fold/04_state.ipynb #b827af65
 def _same(x, y) -> bool:
     "Equal, tensors by their numbers"
     if isinstance(x, Tensor): return isinstance(y, Tensor) and torch.equal(x, y)
@@ -30,7 +30,7 @@ class ByValue:
 
 Affine.__eq__ = ByValue.__eq__
 
-# %% ../../nbs/fold/04_state.ipynb #fba9a8bd
+# %% ../../nbs/fold/04_state.ipynb #a3abb960
 @dataclass(frozen=True, eq=False)
 class Absorber(ByValue):
     "The parameters that a map can be worked into"
@@ -57,7 +57,7 @@ class Absorber(ByValue):
         new,b = self.change(side, amap, self.seen(W), b)
         return self.back(new, W), b
 
-# %% ../../nbs/fold/04_state.ipynb #e0dc6dfa
+# %% ../../nbs/fold/04_state.ipynb #e1fdf5c5
 @dataclass(frozen=True, eq=False)
 class Layer(Absorber):
     "The weight and bias of a linear layer or a convolution"
@@ -84,7 +84,7 @@ def add_identity(
     new[(out, out%per_group, *at)] += torch.as_tensor(amount, dtype=W.dtype).flatten().expand(n)
     return new
 
-# %% ../../nbs/fold/04_state.ipynb #77bb5c34
+# %% ../../nbs/fold/04_state.ipynb #7efbbd54
 @dataclass(frozen=True, eq=False)
 class Scaled(Absorber):
     "The γ and β by which a normalization ends"
@@ -100,7 +100,7 @@ class Stored(Absorber):
     "A parameter that is itself the value (or whose rows are)"
     def change(self, side, amap, W, b): return amap(W), None
 
-# %% ../../nbs/fold/04_state.ipynb #b3e54dea
+# %% ../../nbs/fold/04_state.ipynb #f94cd814
 @dataclass(frozen=True, eq=False)
 class Absorb(ByValue):
     "An edit: a layer takes a map in"
@@ -130,7 +130,7 @@ def edited(edits, W:Tensor, b:Tensor|None) -> tuple:
     for edit in edits: W,b = edit.absorber.take(edit.side, edit.map, W, b)
     return W, b
 
-# %% ../../nbs/fold/04_state.ipynb #8c9dc2db
+# %% ../../nbs/fold/04_state.ipynb #82bc37d7
 @dataclass(frozen=True)
 class State:
     "What a plan has changed so far"
@@ -152,7 +152,7 @@ class State:
             shared |= dict.fromkeys(both, both)
         return State(self.gone | links, self.bounds | bounds, made, shared)
 
-# %% ../../nbs/fold/04_state.ipynb #4037ce9f
+# %% ../../nbs/fold/04_state.ipynb #9db56bab
 _identities = ops('dropout','feature_dropout','alpha_dropout','feature_alpha_dropout','clone','detach','alias','contiguous',
                   'lift_fresh','to','_to_copy')
 

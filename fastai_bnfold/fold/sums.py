@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_sum', 'Term', 'Sum', 'top_sum', 'beside', 'residual']
 
-# %% ../../nbs/fold/05_sums.ipynb #eff8bc01
+# %% ../../nbs/fold/05_sums.ipynb #3c4bc279
 import torch
 from dataclasses import dataclass
 from torch.fx import Node
@@ -16,7 +16,7 @@ from .rules.registry import *
 from .rules.linear import *
 from .rules.arithmetic import *
 
-# %% ../../nbs/fold/05_sums.ipynb #7bab23be
+# %% ../../nbs/fold/05_sums.ipynb #45d69225
 def _number(x): return isinstance(x, (int,float)) and not isinstance(x, bool)
 
 def is_sum(view, node) -> bool:
@@ -71,7 +71,7 @@ def top_sum(view, node:Node) -> Node:
         if is_sum(view, node): top = node
     return top
 
-# %% ../../nbs/fold/05_sums.ipynb #a7a6093f
+# %% ../../nbs/fold/05_sums.ipynb #94e3f834
 def _keeps_size(view, node, kernel):
     "Does a convolution with an odd kernel hand out as many positions as it reads, each with its own in the middle?"
     args = arguments(node)
@@ -109,7 +109,7 @@ def beside(view, value:Node, amap:Affine, reader:Node):
         try: return _absorb_beside(view, term.value, amap, side), total.inner() | {term.value}
         except Stop: continue # this one may not change
 
-# %% ../../nbs/fold/05_sums.ipynb #f9bb4f9b
+# %% ../../nbs/fold/05_sums.ipynb #ed7ac64d
 def residual(view, end:Node, source:Node, amap:Affine):
     "If the BN that ends in `end` and its own input are all summands of a sum: `(the sum, the map on it, the nodes in between)`; else None"
     source,node = view.origin(source),end

@@ -6,7 +6,7 @@
 __all__ = ['parameter', 'absorber', 'is_conv', 'is_transposed', 'conv_layer', 'conv_backward', 'conv_forward', 'is_linear',
            'linear_layer', 'linear_backward', 'linear_forward', 'embedding_backward', 'stored_backward']
 
-# %% ../../../nbs/fold/rules/01_linear.ipynb #fad4bb29
+# %% ../../../nbs/fold/rules/01_linear.ipynb #62ac44ef
 import torch
 from torch import nn
 from torch.fx import Node
@@ -15,7 +15,7 @@ from ..ops import *
 from ..state import *
 from .registry import *
 
-# %% ../../../nbs/fold/rules/01_linear.ipynb #923f93e1
+# %% ../../../nbs/fold/rules/01_linear.ipynb #8356a4d8
 def _source(view, node, arg, what):
     "The node of the parameter behind `arg`, and, if it is read through views, for each element its place in the parameter"
     at = view.where(node)
@@ -36,7 +36,7 @@ def _whole(seen, places):
     ok = (seen==seen.round()) & (seen>=0) & (seen<places.numel())
     return torch.where(ok, seen, 0.).long().flatten()
 
-# %% ../../../nbs/fold/rules/01_linear.ipynb #3d4a9363
+# %% ../../../nbs/fold/rules/01_linear.ipynb #b7c94688
 def _check(view, node, tensor, what):
     "A `Stop` if `tensor` is no parameter that can be changed"
     at,places = view.where(node),view.registered(tensor)
@@ -56,12 +56,12 @@ def parameter(view, node:Node, arg, what:str) -> tuple:
     _check(view, node, tensor, what)
     return view.name_of(tensor), order
 
-# %% ../../../nbs/fold/rules/01_linear.ipynb #4a84e321
+# %% ../../../nbs/fold/rules/01_linear.ipynb #7eb85191
 def _bias_place(view, node, weight):
     "Full name of the bias that the layer could have, or None"
     path,_,name = weight.rpartition('.')
     made = '.'.join(filter(None, (path, 'bias' if name=='weight' else f'{name}_bias')))
-    if view.free: return made if view.named(made) is None else f'{made}_folded'
+    if view.free: return made if view.tensor_named(made) is None else f'{made}_folded'
     call = view.call(node)
     owns = call is not None and call.path==path and call.module._parameters.get('bias', 0) is None
     return made if owns else None
@@ -80,7 +80,7 @@ def absorber(view, node:Node, amap:Affine, weight, bias, cls=Layer, has_place:bo
     if place is None and (amap.shift!=0).any(): raise Stop(f"{view.where(node)}, which has no bias and no place for one", 'no place for a bias')
     return cls(name, place, **kwargs)
 
-# %% ../../../nbs/fold/rules/01_linear.ipynb #e77c9b9f
+# %% ../../../nbs/fold/rules/01_linear.ipynb #52a79be2
 _transposed = {*ops('conv_transpose1d','conv_transpose2d','conv_transpose3d')}
 _convs = [*ops('conv1d','conv2d','conv3d','convolution'), *_transposed]
 
@@ -100,7 +100,7 @@ def conv_layer(view, node:Node, amap:Affine) -> Layer:
     kernel = view.shape(args['weight'])[2:]
     return absorber(view, node, amap, args['weight'], args['bias'], groups=args['groups'], transposed=transposed, centre=_odd_centre(kernel))
 
-# %% ../../../nbs/fold/rules/01_linear.ipynb #9ca83904
+# %% ../../../nbs/fold/rules/01_linear.ipynb #028162ea
 def _mixes_zeros(view, node):
     "Does a convolution read zeros beside the values?"
     args = arguments(node)
@@ -127,7 +127,7 @@ def conv_forward(view, node, amap, source):
         raise Stop(f"{view.where(node)}, which pads with zeros that the shift would have to reach", 'zero padding')
     return [Absorb(layer, 'in', per_channel(view, node, amap, 1-len(view.shape(weight))), node)]
 
-# %% ../../../nbs/fold/rules/01_linear.ipynb #553a6ac0
+# %% ../../../nbs/fold/rules/01_linear.ipynb #823762cd
 _linears = ops('linear','matmul','mm','addmm')
 
 def is_linear(node:Node) -> bool:
@@ -157,7 +157,7 @@ def linear_forward(view, node, amap, source):
     if x is not source: raise Stop(f"{view.where(node)}, for which it is the weight", 'computed weight')
     return [Absorb(layer, 'in', per_channel(view, node, amap, -1), node)]
 
-# %% ../../../nbs/fold/rules/01_linear.ipynb #0528da2d
+# %% ../../../nbs/fold/rules/01_linear.ipynb #20f71365
 @backward(*ops('embedding'))
 def embedding_backward(view, node, amap):
     "`s·E[i]+t = (s·E+t)[i]`"
