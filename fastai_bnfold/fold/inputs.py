@@ -6,7 +6,7 @@
 __all__ = ['map_tensors', 'plain', 'fresh', 'as_args', 'leaves', 'tensors_of', 'values_of', 'describe', 'constants_in',
            'check_dense', 'same_random', 'evaluating', 'uncompiled', 'cannot_run', 'run']
 
-# %% ../../nbs/fold/02_inputs.ipynb #c51da5e0
+# %% ../../nbs/fold/02_inputs.ipynb #5082ad9f
 import copy, random, torch, warnings
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import SUPPORTED_NODES
 from ..errors import *
 
-# %% ../../nbs/fold/02_inputs.ipynb #c160e25d
+# %% ../../nbs/fold/02_inputs.ipynb #7a058b3a
 def _tuple_like(x, items):
     "`items` in a tuple of the class of `x`, without asking its constructor what it takes"
     if hasattr(type(x), 'n_fields'): return type(x)(items) # `torch.return_types`
@@ -48,7 +48,7 @@ def map_tensors(f, x, _seen=None):
         return SUPPORTED_NODES[type(x)].unflatten_fn([inner(o) for o in children], context)
     return x
 
-# %% ../../nbs/fold/02_inputs.ipynb #f52c9ead
+# %% ../../nbs/fold/02_inputs.ipynb #27104169
 def plain(x):
     "`x` with every tensor as a plain, detached `torch.Tensor` (fastai's `TensorImage` and its like cannot be traced)"
     def bare(o): return o.detach() if type(o) is Tensor else o.detach().as_subclass(Tensor)
@@ -62,7 +62,7 @@ def as_args(xb) -> tuple:
     "The positional arguments `xb` stands for: a tuple or list is several, anything else is one"
     return tuple(plain(o) for o in xb) if type(xb) in (tuple,list) else (plain(xb),)
 
-# %% ../../nbs/fold/02_inputs.ipynb #521e5781
+# %% ../../nbs/fold/02_inputs.ipynb #088da184
 def _attributes(x) -> list:
     "What an object of a class of its own holds, in `__dict__` or `__slots__`"
     if isinstance(x, (type, nn.Module)) or callable(x): return []
@@ -96,7 +96,7 @@ def values_of(out) -> list:
         elif hasattr(o, '__array__') and getattr(o, 'dtype', None)!=object: res.append(torch.as_tensor(o))
     return res
 
-# %% ../../nbs/fold/02_inputs.ipynb #9e23dba4
+# %% ../../nbs/fold/02_inputs.ipynb #a6b385b2
 def describe(x) -> str:
     "What was given, in a few words: types, shapes, dtypes"
     if isinstance(x, Tensor): return f"{type(x).__name__}{tuple(x.shape)} of {str(x.dtype).removeprefix('torch.')} on {x.device}"
@@ -120,7 +120,7 @@ def _reached(x) -> list:
     map_tensors(reached.append, x)
     return reached
 
-# %% ../../nbs/fold/02_inputs.ipynb #0a4d473a
+# %% ../../nbs/fold/02_inputs.ipynb #a4b36050
 def check_dense(args:tuple):
     "A `TraceError` for tensors whose numbers are laid out in ways that no rule here knows"
     for o in leaves(args):
@@ -129,7 +129,7 @@ def check_dense(args:tuple):
         if kind: raise TraceError(f"Given: a {kind} tensor ({describe(o) if kind!='nested' else 'NestedTensor'}). "
             "Expected: dense floating point tensors (`to_dense()`, `dequantize()`, `to_padded_tensor()`).")
 
-# %% ../../nbs/fold/02_inputs.ipynb #ecac246e
+# %% ../../nbs/fold/02_inputs.ipynb #18187902
 @contextmanager
 def same_random():
     "The random generators of torch and Python come back as they were"
@@ -154,7 +154,7 @@ class _Buffers:
                 if isinstance(table, dict) and table.get(name) is not buffer: table[name] = buffer
                 if copy_ is not None and not torch.equal(buffer, copy_): buffer.detach().copy_(copy_)
 
-# %% ../../nbs/fold/02_inputs.ipynb #2580512f
+# %% ../../nbs/fold/02_inputs.ipynb #64a0be5c
 @contextmanager
 def evaluating(
     model:nn.Module, # Runs in eval mode (as it stands, if it is in eval mode), without gradients
@@ -165,17 +165,18 @@ def evaluating(
     buffers = _Buffers()
     for module,_ in flags: buffers.keep(module)
     def meet(module, args): buffers.keep(module) # one that is not registered
-    hook = nn.modules.module.register_module_forward_pre_hook(meet)
+    hooks = []
     try:
+        hooks.append(nn.modules.module.register_module_forward_pre_hook(meet))
         if model.training:
             for top in (model, *also): top.eval()
         with same_random(), torch.no_grad(): yield model
     finally:
-        hook.remove()
+        for hook in hooks: hook.remove()
         for module,flag in flags: module.training = flag
         buffers.put_back()
 
-# %% ../../nbs/fold/02_inputs.ipynb #e085ec72
+# %% ../../nbs/fold/02_inputs.ipynb #67202768
 @contextmanager
 def uncompiled(model:nn.Module):
     "While active, what `torch.compile` compiled in `model` runs as it is written"
