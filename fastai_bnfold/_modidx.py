@@ -1205,6 +1205,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'fastai_bnfold.fold.verify._copied': ( 'fold/verify.html#_copied',
                                                                                   'fastai_bnfold/fold/verify.py'),
                                            'fastai_bnfold.fold.verify._first': ('fold/verify.html#_first', 'fastai_bnfold/fold/verify.py'),
+                                           'fastai_bnfold.fold.verify._flip_last_bits': ( 'fold/verify.html#_flip_last_bits',
+                                                                                          'fastai_bnfold/fold/verify.py'),
                                            'fastai_bnfold.fold.verify._hooked': ( 'fold/verify.html#_hooked',
                                                                                   'fastai_bnfold/fold/verify.py'),
                                            'fastai_bnfold.fold.verify._is_alike': ( 'fold/verify.html#_is_alike',

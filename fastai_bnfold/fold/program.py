@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Call', 'out_of_place', 'Program', 'program_of', 'shape_of', 'own_copy', 'program_of_graph']
 
-# %% ../../nbs/fold/03_program.ipynb #e9c18f01
+# %% ../../nbs/fold/03_program.ipynb #3cb73d1d
 import gc, torch
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .affine import patch
 from .ops import *
 from .inputs import *
 
-# %% ../../nbs/fold/03_program.ipynb #e25da203
+# %% ../../nbs/fold/03_program.ipynb #fa8a292b
 @dataclass(eq=False)
 class Call:
     "One call of a module during the run"
@@ -62,7 +62,7 @@ class _Calls:
         finally:
             for hook in hooks: hook.remove()
 
-# %% ../../nbs/fold/03_program.ipynb #8635f1b8
+# %% ../../nbs/fold/03_program.ipynb #ce38a5c0
 @contextmanager
 def out_of_place(model:nn.Module):
     "While active, no module of `model` with a flag `inplace` works in place"
@@ -82,7 +82,7 @@ def _still_alive(known):
     if alive(): gc.collect() # it may only wait for this
     return alive()
 
-# %% ../../nbs/fold/03_program.ipynb #035eda0a
+# %% ../../nbs/fold/03_program.ipynb #3c5a2a07
 def _numbers(tensor):
     "On the CPU, in float64 if it is floating point"
     value = tensor.detach().cpu()
@@ -118,8 +118,10 @@ class _Asked:
         return self._leaves[node]
     def const(self, node:Node) -> Tensor:
         "The value of a node that `is_const`, on the CPU, in float64 if it is floating point"
-        if node not in self._numbers: self._numbers[node] = self.evaluate(node, self.stored, self.const)
-        return self._numbers[node]
+        if node in self._numbers: return self._numbers[node]
+        value = self.evaluate(node, self.stored, self.const)
+        if value.numel()<2**16: self._numbers[node] = value # (weights are large: they are converted anew)
+        return value
     def stored(self, node:Node) -> Tensor:
         "The numbers of a parameter or buffer, on the CPU, in float64 if they are floating point"
         return _numbers(self._tensors[node])
@@ -135,7 +137,7 @@ class _Asked:
         "Is the module at this path compiled by TorchScript?"
         return path in self.scripted
 
-# %% ../../nbs/fold/03_program.ipynb #f9f463e7
+# %% ../../nbs/fold/03_program.ipynb #d973ed51
 class _Values(_Asked):
     def val(self, node:Node):
         "The value of `node` without its numbers; of what is no tensor (a size), the value"
@@ -172,7 +174,7 @@ class _Values(_Asked):
         "The nodes at which the model looks at its data"
         return [node for node in self.nodes if looks(node) and not self.is_const(node)]
 
-# %% ../../nbs/fold/03_program.ipynb #cf7785d3
+# %% ../../nbs/fold/03_program.ipynb #52cad27e
 class _Homes(_Values):
     def call(self, node:Node):
         "The innermost module call in which `node` ran"
@@ -205,7 +207,7 @@ class _Homes(_Values):
         if self.free: return self
         return Program(self.gm, self.inputs, self._tensors, self._places, self._vals, self._owner, self.calls, self.outputs, self.kept, self.scripted, free=True)
 
-# %% ../../nbs/fold/03_program.ipynb #98b50a4a
+# %% ../../nbs/fold/03_program.ipynb #4211ec67
 class Program(_Homes):
     "A dataflow: nodes in the order of execution, with their shapes, who owns them, what they read. It does not change"
     def __init__(self,
@@ -229,7 +231,7 @@ class Program(_Homes):
         self._named = {self.name_of(tensor): tensor for tensor in tensors.values()}
         self.answers,self._numbers,self.devices = {},{},{} # what was asked for already; devices of values of a graph
 
-# %% ../../nbs/fold/03_program.ipynb #5783ca39
+# %% ../../nbs/fold/03_program.ipynb #d266379f
 @patch
 def _set_calls(self:Program):
     self.n_calls,self._children,self._ops = {},{},{}
@@ -278,7 +280,7 @@ def _set_readers(self:Program):
             read = frozenset().union(*(self._leaves[i] for i in inputs if not reads_shape_only(node, i)))
             for leaf in read: self._readers.setdefault(id(self._tensors[leaf]), []).append(node)
 
-# %% ../../nbs/fold/03_program.ipynb #da5f6b33
+# %% ../../nbs/fold/03_program.ipynb #1257260e
 def _places_of(model):
     "id of a tensor → every `(path, name, is it a parameter?)` at which it is registered, once per module"
     paths,places = {},{}
@@ -322,7 +324,7 @@ def program_of(
     scripted = frozenset(path for module,path in paths.items() if isinstance(module, torch.jit.ScriptModule))
     return Program(gm, inputs, tensors, places, vals, calls.owner, tuple(calls.calls), tuple(seen['out']), kept, scripted)
 
-# %% ../../nbs/fold/03_program.ipynb #8273027a
+# %% ../../nbs/fold/03_program.ipynb #c9d98692
 class _Run(torch.fx.Interpreter):
     "A run that notes what the values are, without keeping their numbers"
     def __init__(self, gm): super().__init__(gm); self.vals,self.devices = {},{}
@@ -350,7 +352,7 @@ def _paths(nodes) -> dict:
         res[node] = path if all(part.isidentifier() or part.isdigit() for part in path.split('.')) else ''
     return res
 
-# %% ../../nbs/fold/03_program.ipynb #169b33ac
+# %% ../../nbs/fold/03_program.ipynb #5808928f
 @dataclass(eq=False)
 class _Exported:
     "Stands for the module from which nodes were exported"
