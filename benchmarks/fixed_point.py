@@ -13,7 +13,7 @@ import numpy as np
 from fastai.vision.all import *
 from fastcore.script import call_parse
 from fastai_bnfold.all import *
-from fastai_bnfold.stats.training import subset_dl
+from fastai_bnfold.learner.training import subset_dl
 from fastai_bnfold.lab.command import machine
 from fastai_bnfold.lab.data import get_dls
 from fastai_bnfold.lab.training import train

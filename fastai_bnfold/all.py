@@ -1,7 +1,7 @@
 "Everything a notebook needs: `from fastai_bnfold.all import *`"
 from .errors import *
 from .fold import Affine, BNFolder, FoldPlan, FoldReport, Row
-from .learner import FoldBN
+from .learner import FoldBN # and Learner.fold_bn, Learner.unfold_bn
 from .stats import correct, reestimate # Learner.correct_bn, Learner.uncorrect_bn, Learner.reestimate_bn
 from .deploy import deploy # Learner.deploy
 from .deploy.serve import Deployed

@@ -165,7 +165,7 @@ def test_bad_batch(learn):
 @pytest.mark.parametrize('exc', [KeyboardInterrupt, RuntimeError])
 @pytest.mark.parametrize('nth', [1,2])
 def test_interrupted_validation_loses_nothing(learn, exc, nth, monkeypatch):
-    import fastai_bnfold.learner as L
+    import fastai_bnfold.learner.validate as L
     real,calls = L._validate,[]
     def faulty(l):
         calls.append(1)

@@ -22,7 +22,7 @@ from .layout import *
 from .scales import *
 from .steps import *
 from .task import *
-from ..stats.training import n_training, training_items
+from ..learner.training import n_training, training_items
 
 # %% ../../nbs/integer/06_net.ipynb #bfb11fbc
 @dataclass

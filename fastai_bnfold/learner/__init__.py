@@ -1,0 +1,4 @@
+"Folding a fastai `Learner`: `fold_bn`, `unfold_bn`, the callback `FoldBN`"
+from .fold import * # Learner.fold_bn, Learner.unfold_bn, Learner.latency_bn
+from . import refuse # a folded Learner is not trained
+from .callback import FoldBN
