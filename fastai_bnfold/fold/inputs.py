@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['map_tensors', 'plain', 'fresh', 'as_args', 'leaves', 'tensors_of', 'values_of', 'describe', 'constants_in',
-           'check_dense', 'same_random', 'evaluating', 'uncompiled', 'cannot_run', 'run']
+           'check_dense', 'same_random', 'surely', 'hooks', 'dotted', 'paths_of', 'evaluating', 'uncompiled',
+           'cannot_run', 'run']
 
 # %% ../../nbs/fold/02_inputs.ipynb #5082ad9f
 import copy, random, torch, warnings
@@ -139,6 +140,24 @@ def same_random():
         with torch.random.fork_rng(cuda): yield
     finally: random.setstate(state)
 
+@contextmanager
+def surely(restore):
+    "However the block ends, `restore` is called; and once more, if it is interrupted itself (so it must not mind)"
+    try: yield
+    finally:
+        try: restore()
+        except BaseException:
+            restore()
+            raise
+
+@contextmanager
+def hooks():
+    "A list for the handles of hooks, which are removed in the end"
+    handles = []
+    def remove():
+        for handle in handles: handle.remove()
+    with surely(remove): yield handles
+
 class _Buffers:
     "Buffers of modules, and copies of them, to be put back"
     def __init__(self): self.seen,self.tables = set(),[]
@@ -154,6 +173,15 @@ class _Buffers:
                 if isinstance(table, dict) and table.get(name) is not buffer: table[name] = buffer
                 if copy_ is not None and not torch.equal(buffer, copy_): buffer.detach().copy_(copy_)
 
+# %% ../../nbs/fold/02_inputs.ipynb #12fa5bfe
+def dotted(*parts:str) -> str:
+    "A path; empty parts (the model itself has an empty path) are left out"
+    return '.'.join(filter(None, parts))
+
+def paths_of(model:nn.Module) -> dict:
+    "Module → its first path"
+    return {module: path for path,module in model.named_modules()}
+
 # %% ../../nbs/fold/02_inputs.ipynb #64a0be5c
 @contextmanager
 def evaluating(
@@ -165,16 +193,14 @@ def evaluating(
     buffers = _Buffers()
     for module,_ in flags: buffers.keep(module)
     def meet(module, args): buffers.keep(module) # one that is not registered
-    hooks = []
-    try:
-        hooks.append(nn.modules.module.register_module_forward_pre_hook(meet))
+    def restore():
+        for module,flag in flags: module.training = flag
+        buffers.put_back()
+    with surely(restore), hooks() as handles:
+        handles.append(nn.modules.module.register_module_forward_pre_hook(meet))
         if model.training:
             for top in (model, *also): top.eval()
         with same_random(), torch.no_grad(): yield model
-    finally:
-        for hook in hooks: hook.remove()
-        for module,flag in flags: module.training = flag
-        buffers.put_back()
 
 # %% ../../nbs/fold/02_inputs.ipynb #67202768
 @contextmanager

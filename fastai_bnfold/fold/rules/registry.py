@@ -8,7 +8,7 @@ __all__ = ['backward_rules', 'forward_rules', 'Stop', 'backward', 'forward', 'pe
 
 # %% ../../../nbs/fold/rules/00_registry.ipynb #3bd57a8c
 import torch
-from torch import Tensor, inf, nn
+from torch import Tensor, inf
 from torch.fx import Node
 from ..affine import *
 from ..ops import *
