@@ -393,3 +393,11 @@ def test_branches_that_must_not_be_merged(f):
         ep = torch.export.export(net, (x,)); new = BNFolder().fold_graph(ep)
         before,after = x.clone(),x.clone()
         assert torch.equal(ep.module()(before), new.module()(after)) and torch.equal(before, after)
+
+@pytest.mark.parametrize('act', [nn.ReLU(), nn.ReLU6(), nn.Hardtanh()], ids=lambda act: type(act).__name__)
+def test_a_decomposed_program_stays_functional(act):
+    net,x = randomize_bn(nn.Sequential(nn.Conv2d(3,8,3), act, nn.BatchNorm2d(8))).double().eval(),torch.randn(2,3,8,8).double()
+    with torch.no_grad():
+        ep = export(net, (x,)).run_decompositions()
+        folder = BNFolder(); new = folder.fold_graph(ep)
+        assert folder.report.n_folded==1 and max_err([net(x)], [new.module()(x)])<1e-12

@@ -169,7 +169,7 @@ def bake_constants(lifted:Lifted, program:Program) -> bool:
 def _insert_clamp(lifted, program, edit):
     "The activation with other bounds, as one or two operations"
     node,clamp = lifted.copies[edit.node],clamp_of(program, edit)
-    x,own = node.args[0],edit.inplace
+    x,own = node.args[0],edit.inplace and lifted.may_write
     for name,op in (('lo','clamp_min'),('hi','clamp_max')):
         bound = dict(clamp.named_buffers()).get(name)
         if bound is None: continue
