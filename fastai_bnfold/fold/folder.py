@@ -53,7 +53,7 @@ class Evidence:
         self.model,self.example,self.structural = model,example,structural
         self.inputs,self.before = {'the example': args},{'the example': example}
         self.untried = [] # what the model takes no other of
-        self._try_sizes(args, perturbed(args))
+        self._try_sizes(perturbed(args))
         length = another_length(args)
         if length: self._try('another number of items', length)
         for kind,other in other_values(args).items() if looks else (): self._try(kind, other)
@@ -65,22 +65,22 @@ class Evidence:
         self.inputs[kind] = args
         return True
 
-    def _try_sizes(self, args, noisy):
+    def _try_resized(self, kind, ways, batch, *others):
+        "Another size, and for one of the `others` a size that differs the other way; does the model take it?"
+        for wide,tall in ways:
+            if not self._try(kind, wide(batch)): continue
+            any(self._try('a size that differs the other way', tall(other)) for other in others) # the first will do
+            return True
+        return False
+
+    def _try_sizes(self, noisy):
         "Another batch together with another size, if the model takes that; else one of them, or other values alone"
-        batch,ways = another_batch(noisy),other_sizes(args)
-        one = map_tensors(lambda o: o[:1] if o.ndim else o, noisy)
-        for wide,tall in ways:
-            if not self._try('other values, batch and size', wide(batch)): continue
-            self._try('a size that differs the other way', tall(one)) or self._try('a size that differs the other way', tall(batch))
-            return
-        if self._try('other values and batch size', batch): self.untried = ['size']; return
+        batch,ways = another_batch(noisy),ways_to_resize(noisy)
+        if self._try_resized('other values, batch and size', ways, batch, first_items(noisy, 1), batch): return
         self.untried = ['batch size', 'size']
-        if not self._try('other values', noisy): return
-        for wide,tall in ways:
-            if not self._try('another size', wide(noisy)): continue
-            self._try('a size that differs the other way', tall(noisy))
-            self.untried = ['batch size']
-            return
+        if self._try('other values and batch size', batch): self.untried = ['size']
+        elif self._try('other values', noisy):
+            if self._try_resized('another size', ways, noisy, noisy): self.untried = ['batch size']
 
     def compare(self, folded, steps, removed) -> dict:
         "BN → why it must stay; `errors`, `strange` (the kinds of input for which something is wrong, and nobody knows why)"
@@ -286,8 +286,7 @@ def _compare(self:Fold, steps):
     wrong = self.evidence.compare(self.target, steps, self.swaps.removed)
     if self.evidence.strange and not wrong: # the first run may have been another (it fills a cache)
         self.swaps.undo()
-        try: self.evidence.renew()
-        finally: self.swaps.redo()
+        with surely(self.swaps.redo): self.evidence.renew()
         wrong = self.evidence.compare(self.target, steps, self.swaps.removed)
     if wrong: return wrong
     if self._is_close() and not self.evidence.strange: return {}
@@ -306,8 +305,7 @@ def _is_close(self:Fold):
 def _own_amplification(self:Fold):
     "How far the outputs of the unfolded model move if its weights move by one rounding"
     self.swaps.undo()
-    try: return amplification(self.model, [(self.args, self.example.values)])
-    finally: self.swaps.redo()
+    with surely(self.swaps.redo): return amplification(self.model, [(self.args, self.example.values)])
 
 @patch
 def _search_for_wrong(self:Fold, steps):

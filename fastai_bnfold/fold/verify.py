@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['local_bound', 'Claim', 'claims_of', 'LocalProof', 'reads_shape_only_of_all', 'steps_at', 'prove_locally', 'Recorded',
-           'record', 'Changed', 'wrong_ways', 'perturbed', 'another_batch', 'another_length', 'other_sizes',
+           'record', 'Changed', 'wrong_ways', 'perturbed', 'another_batch', 'another_length', 'ways_to_resize',
            'other_values', 'max_err', 'channel_err', 'tolerance', 'amplification']
 
 # %% ../../nbs/fold/10_verify.ipynb #6fc8936d
 import itertools, torch
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from functools import partial
 from torch import nn, Tensor, inf
 from torch.fx import Node
@@ -402,7 +401,7 @@ def _resized(args, dims, changes):
         return o
     return map_tensors(other, args)
 
-def other_sizes(args:tuple) -> list:
+def ways_to_resize(args:tuple) -> list:
     "Pairs of functions that change the sizes of inputs, the second the other way round: of the ways that make sense for `args` the best first"
     tensors = tensors_of(args)
     ways = []

@@ -179,9 +179,8 @@ def _spread(name): return Stop(f"`{name}`, which is broadcast to places with dif
 def _through(amap, order, shape, own, name):
     "The map on a parameter of shape `own` that is read as `shape` through views: each element must meet one map only"
     def met_by_each(part):
-        met,part = torch.full(own, torch.nan, dtype=torch.float64).flatten(),part.expand(shape).flatten()
-        met[order] = part
-        if not torch.equal(met[order], part): raise _spread(name)
+        met = torch.full((own.numel(),), torch.nan, dtype=torch.float64)
+        if not meets_one(met, order, part.expand(shape).flatten()): raise _spread(name)
         return met.view(own)
     amap = collapsed(Affine(met_by_each(amap.scale), met_by_each(amap.shift))) # what is not read here may be, for another size
     if amap.scale.isnan().any() or amap.shift.isnan().any(): raise Stop(

@@ -125,9 +125,7 @@ def _met(view, node, part, rest, out, item, size):
     if item is not None:
         for other in out: met[other.long().flatten()] = rest
     places = (out if item is None else out[item]).long()
-    part = part.expand(places.shape).flatten()
-    met[places.flatten()] = part
-    if not torch.equal(met[places.flatten()], part):
+    if not meets_one(met, places.flatten(), part.expand(places.shape).flatten()):
         raise Stop(f"{view.where(node)}, which sends one value to places with different maps", 'differs by position')
     return met
 
