@@ -229,6 +229,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'fastai_bnfold.errors.FoldError': ('errors.html#folderror', 'fastai_bnfold/errors.py'),
                                       'fastai_bnfold.errors.FoldedError': ('errors.html#foldederror', 'fastai_bnfold/errors.py'),
                                       'fastai_bnfold.errors.NoDataError': ('errors.html#nodataerror', 'fastai_bnfold/errors.py'),
+                                      'fastai_bnfold.errors.OtherModelError': ('errors.html#othermodelerror', 'fastai_bnfold/errors.py'),
                                       'fastai_bnfold.errors.StatisticsError': ('errors.html#statisticserror', 'fastai_bnfold/errors.py'),
                                       'fastai_bnfold.errors.TraceError': ('errors.html#traceerror', 'fastai_bnfold/errors.py'),
                                       'fastai_bnfold.errors.VerificationError': ( 'errors.html#verificationerror',

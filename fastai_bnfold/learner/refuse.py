@@ -93,7 +93,7 @@ def _refusing_others(load_state_dict):
     "`Module.load_state_dict`, but not from a folded model into another, or the reverse"
     def load(self, state_dict, strict=True, *args, **kwargs):
         why = _why_not(self, state_dict, strict) if isinstance(state_dict, dict) else ''
-        if why: raise FoldedError(why)
+        if why: raise OtherModelError(why)
         for fold in folds_of(self): fold.trained.part() # what is loaded now is not for the trained model
         return load_state_dict(self, state_dict, strict, *args, **kwargs)
     return load
@@ -117,9 +117,11 @@ wrap_method(Learner, 'save', without_opt)
 wrap_method(Learner, 'load', without_opt, with_opt=False)
 
 # %% ../../nbs/learner/04_refuse.ipynb #2bfec575
-def _only_unfolded(after_fit):
-    def after(self, **kwargs):
-        if not is_folded(self.learn): return after_fit(self, **kwargs)
-    return after
+def _only_unfolded(event):
+    "An event of a callback, but not for a folded Learner"
+    def handle(self, **kwargs):
+        if not is_folded(self.learn): return event(self, **kwargs)
+    return handle
 
+wrap_method(SaveModelCallback, 'after_epoch', _only_unfolded)
 wrap_method(SaveModelCallback, 'after_fit', _only_unfolded)

@@ -74,10 +74,11 @@ def validate_both(learn, folder, dl=None):
     if dl is None and not has_valid(learn):
         report.notes.append('The Learner has no validation set: the metrics could not be compared.')
         return
+    given = () if dl is None else (dl,)
     swaps.undo()
-    report.metrics_before,before = _validate(learn, dl)
+    report.metrics_before,before = _validate(learn, *given)
     swaps.redo()
-    report.metrics_after,after = _validate(learn, dl)
+    report.metrics_after,after = _validate(learn, *given)
     if not before: return # a loss without classes
     report.n_items = sum(map(len, before))
     report.n_changed = _n_changed(before, after)
