@@ -41,7 +41,7 @@ def random_kept():
 def _own_generators(dl) -> list:
     "The random generators that a `DataLoader` and its sampler hold"
     holders = [dl, getattr(dl, 'sampler', None), getattr(dl, 'batch_sampler', None)]
-    held = [getattr(o, name, None) for name in ('rng','generator') for o in holders]
+    held = [getattr(o, 'generator', None) for o in holders] + [getattr(dl, 'rng', None)]
     return [o for o in held if isinstance(o, (random.Random, torch.Generator))]
 
 @contextmanager

@@ -29,8 +29,8 @@ def needs_of(
     with zipfile.ZipFile(path) as archive:
         pickles = [archive.read(name) for name in archive.namelist() if name.endswith('data.pkl')]
     of_package = re.compile(rf'{package}(\.\w+)+')
-    names = [name for pickled in pickles for name in _names_in(pickled)]
-    return sorted({name for name in names if of_package.fullmatch(name)})
+    names = L(pickles).map(_names_in).concat()
+    return sorted(set(filter(of_package.fullmatch, names)))
 
 # %% ../../nbs/learner/06_export.ipynb #b1d0e7cf
 @contextmanager

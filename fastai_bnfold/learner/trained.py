@@ -7,6 +7,7 @@ __all__ = ['bits_of', 'Trained']
 
 # %% ../../nbs/learner/02a_trained.ipynb #6025fb6f
 import torch
+from itertools import chain
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..errors import *
@@ -38,8 +39,8 @@ class Trained:
     def tensors(self) -> list:
         "All parameters and buffers of the trained model"
         tables = [table for _,name,table in self.references if name!='_modules']
-        held = {id(x): x for table in tables for x in table.values() if x is not None}
-        return list(held.values())
+        held = chain.from_iterable(table.values() for table in tables)
+        return list({id(x): x for x in held if x is not None}.values())
 
     def folded(self):
         "Now the fold is in place: remember the parameters that the folded model shares with the trained one"
