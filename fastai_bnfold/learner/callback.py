@@ -5,30 +5,67 @@
 # %% auto #0
 __all__ = ['FoldBN']
 
-# %% ../../nbs/learner/05_callback.ipynb #f19b66f1
+# %% ../../nbs/learner/05_callback.ipynb #5536cff7
+import inspect, traceback, warnings
 from fastai.basics import *
 from fastai.callback.core import Callback
 from fastcore.imports import in_notebook
 from IPython.display import display
+from ..errors import *
 from .fold import *
 
-# %% ../../nbs/learner/05_callback.ipynb #46efb80b
+# %% ../../nbs/learner/05_callback.ipynb #45de89cb
+def _check_arguments(given:dict):
+    "A `TypeError` for what `fold_bn` does not take, now and not after the training"
+    takes = list(inspect.signature(Learner.fold_bn).parameters)[1:]
+    wrong = [name for name in given if name not in takes]
+    if wrong: raise TypeError(
+        f"FoldBN got an unexpected keyword argument `{wrong[0]}`. It takes show, on_error, and what `fold_bn` takes: {', '.join(takes)}.")
+
 class FoldBN(Callback):
-    "Fold and re-validate after the fit; the `FoldReport` is shown, and kept as `report`"
+    "Fold and re-validate after the fit; the `FoldReport` is shown, and kept as `report`. The next fit unfolds first"
     order = 95          # after the recorder, the logger, mixed precision
     name = 'bn_folding' # fastai makes a callback an attribute of the Learner, where `fold_bn` is the method
+    folds_again = True  # so a fit that has it unfolds what it has folded
     @delegates(Learner.fold_bn)
     def __init__(self,
-        show:bool=True, # Show the report when it is there?
+        show:bool=True,       # Show the report when it is there?
+        on_error:str='warn',  # A fold that fails is a warning, or its error is raised ('raise'); the trained model is safe either way
         **kwargs
     ):
-        self.show,self.kwargs = show,kwargs
+        _check_arguments(kwargs)
+        if on_error not in ('warn','raise'): raise FoldError(f"`on_error` must be 'warn' or 'raise'; got {on_error!r}")
+        self.show,self.on_error,self.kwargs = show,on_error,kwargs
         self.trained,self.report = False,None
+
+    @property
+    def validates(self) -> bool:
+        "Is this a validation, or `get_preds`?"
+        return self.learn.lock.locked()
+
+    def before_fit(self):
+        if not self.validates: self.trained = False
     def before_train(self): self.trained = not hasattr(self.learn, 'lr_finder')
+
     def after_fit(self):
-        if not self.trained: return
+        if self.validates or not self.trained: return
         self.trained = False
-        self.report = self.learn.fold_bn(**self.kwargs)
+        if not is_folded(self.learn): self.fold()
+
+    def fold(self):
+        "Fold the Learner, and remember that it was not its user"
+        self.report = None
+        try: self.report = self.learn.fold_bn(**self.kwargs)
+        except Exception as e:
+            if self.on_error=='raise': raise
+            return self._warn(e)
+        fold = fold_of(self.learn)
+        if fold: fold.by_itself = True
         if not self.show: return
         show = display if in_notebook() else print
         show(self.report)
+
+    def _warn(self, error):
+        whole = ''.join(traceback.format_exception(error))
+        warnings.warn("The training is done and the model is as it was trained, but FoldBN could not fold it "
+            f"({type(error).__name__}: {error}). `learn.fold_bn()` tries again. The whole error:\n{whole}")

@@ -50,10 +50,10 @@ def _number(value):
     try: return float(value)
     except (TypeError, ValueError): return value
 
-def _validate(learn) -> tuple:
+def _validate(learn, dl=None) -> tuple:
     "Name → value for the loss and the metrics on the validation set, and the predicted classes (or None)"
     cb = _Classes()
-    with callbacks_kept(learn): values = learn.validate(cbs=cb)
+    with callbacks_kept(learn): values = learn.validate(dl=dl, cbs=cb)
     names = ['valid_loss', *[metric.name for metric in learn.metrics]]
     metrics = dict(zip(names, map(_number, values or [])))
     return metrics, cb.classes or None
@@ -68,16 +68,17 @@ def _n_changed(before, after) -> int:
     return n
 
 # %% ../../nbs/learner/01_validate.ipynb #5603fe06
-def validate_both(learn, folder):
+def validate_both(learn, folder, dl=None):
     "Validate the model unfolded and folded, and complete the report"
     report,swaps = folder.report,folder.swaps
-    if not has_valid(learn):
+    if dl is None and not has_valid(learn):
         report.notes.append('The Learner has no validation set: the metrics could not be compared.')
         return
+    given = () if dl is None else (dl,)
     swaps.undo()
-    report.metrics_before,before = _validate(learn)
+    report.metrics_before,before = _validate(learn, *given)
     swaps.redo()
-    report.metrics_after,after = _validate(learn)
+    report.metrics_after,after = _validate(learn, *given)
     if not before: return # a loss without classes
     report.n_items = sum(map(len, before))
     report.n_changed = _n_changed(before, after)
