@@ -123,7 +123,7 @@ def _kept_text(kept) -> str:
 def _rows_text(self:FoldTable) -> str:
     "What a terminal shows of the rows"
     ways = [row.how for row in self.rows if row.folded]
-    more = f"{self.verb}: {_count(ways)}; `print(….rows)` or `….to_df()` shows each" if ways else ''
+    more = f"{self.verb}: {_count(ways)} (`.rows` and `.to_df()` list each)" if ways else ''
     return '\n\n'.join(filter(None, [_kept_text(self.kept), more]))
 
 def _as_text(self:FoldTable) -> str:
@@ -189,9 +189,11 @@ def _plain(x):
     return x if isinstance(x, (str,int,float,type(None))) else str(x)
 
 # %% ../../nbs/fold/07_report.ipynb #edac8931
-def _ms(seconds): return None if seconds is None else f"{seconds*1e3:.2f} ms"
+def _number_of_ms(seconds): return f"{seconds*1e3:.{2 if seconds>=1e-3 else 3}f}"
 
-def _span(low, high, unit=''): return f"{low:.2f}{unit} to {high:.2f}{unit}"
+def _ms(seconds): return None if seconds is None else f"{_number_of_ms(seconds)} ms"
+
+def _span(low, high): return f"{low:.2f}x to {high:.2f}x"
 
 def speed_in_words(
     speedup:float,       # Time before over time after
@@ -200,9 +202,9 @@ def speed_in_words(
     "Faster, slower, or no difference that can be told from noise"
     if interval is None: return f"{speedup:.2f}x as fast; too few rounds to tell it from noise"
     low,high = interval
-    if low>1 and round(speedup, 2)>1: return f"{speedup:.2f}x faster ({_span(low, high, 'x')})"
-    if high<1 and round(1/speedup, 2)>1: return f"{1/speedup:.2f}x slower ({_span(1/high, 1/low, 'x')})"
-    return f"no difference measurable ({_span(low, high, 'x')} as fast)"
+    if round(low, 2)>1: return f"{speedup:.2f}x faster ({_span(low, high)})"
+    if round(1/high, 2)>1: return f"{1/speedup:.2f}x slower ({_span(1/high, 1/low)})"
+    return f"no difference measurable ({_span(low, high)} as fast)"
 
 # %% ../../nbs/fold/07_report.ipynb #7a95867f
 def _difference(before, after):
@@ -215,7 +217,8 @@ def _row(name, before, after): return [name, _num(before), _num(after), _differe
 @patch
 def _latency_row(self:FoldReport):
     "Both medians with their intervals, and what can be said of the ratio"
-    def cell(seconds, span): return _ms(seconds) + (f" ({_span(1e3*span[0], 1e3*span[1])})" if span else '')
+    def cell(seconds, span):
+        return _ms(seconds) + (f" ({' to '.join(map(_number_of_ms, span))})" if span else '')
     before = cell(self.latency_before, self.latency_before_interval)
     after = cell(self.latency_after, self.latency_after_interval)
     return ['latency, 1 item', before, after, speed_in_words(self.speedup, self.speedup_interval)]

@@ -15,27 +15,10 @@ from ..errors import *
 from ..fold.inputs import *
 from ..fold.report import *
 from ..fold.folder import *
-from ..timing import latency, median, ratio
 from .batches import *
 from .validate import *
-
-# %% ../../nbs/learner/03_fold.ipynb #056a7a31
-def _time_both(model, args, swaps, seconds) -> tuple:
-    "Median seconds unfolded and folded, in turns, and the median ratio"
-    args = fresh(args)
-    def unfolded():
-        swaps.undo()
-        return model(*args)
-    def folded():
-        swaps.redo()
-        return model(*args)
-    cuda = any(p.is_cuda for p in model.parameters())
-    with evaluating(model):
-        try: times = latency(dict(before=unfolded, after=folded), seconds, cuda=cuda)
-        finally: # all of it is folded, even if a switch was interrupted half way
-            swaps.undo()
-            swaps.redo()
-    return median(times['before']), median(times['after']), ratio(times, 'before', 'after')
+from .latency import *
+from .progress import *
 
 # %% ../../nbs/learner/03_fold.ipynb #73d41189
 def _failures(error) -> list:
@@ -77,17 +60,17 @@ def fold_bn(self:Learner,
     "Fold the batch norms of the model in place, and show that nothing changed; `unfold_bn` undoes it"
     if is_folded(self): raise FoldedError(
         "This Learner is folded already. `learn.unfold_bn()` brings the trainable model back.")
-    folder,opt = BNFolder(verify, costly),self.opt
+    folder,opt,bar = BNFolder(verify, costly),self.opt,FoldBar(self, 'Folding')
     try:
         with _all_or_none(self):
             args = learner_batch(self) if xb is None else as_args(xb)
             folder.fold(self.model, args, inplace=True)
         rep = folder.report
-        if validate: validate_both(self, folder)
+        if validate: validate_both(self, folder, bar=bar)
         if not rep.n_folded: return rep
         if latency:
-            times = _time_both(self.model, first_items(args, 1), folder.swaps, latency)
-            rep.latency_before,rep.latency_after,rep.speedup = times
+            bar.begin('Timing one item')
+            time_both(self.model, first_items(args, 1), folder.swaps, latency).into(rep)
         _folds[self] = folder,opt
         self.opt = None # it holds the old parameters; `export` could not match it with the new
         return rep
@@ -96,6 +79,7 @@ def fold_bn(self:Learner,
         _folds.pop(self, None)
         self.opt = opt
         raise
+    finally: bar.close()
 
 # %% ../../nbs/learner/03_fold.ipynb #ce7a507e
 def _fold_of(learn) -> tuple:
@@ -120,8 +104,8 @@ def unfold_bn(self:Learner) -> Learner:
 def latency_bn(self:Learner,
     xb=None,          # Input to time: a tensor or a tuple of the model's inputs; one item of its data if left out
     seconds:float=3.  # Time to spend in all
-) -> tuple:           # Median seconds unfolded, folded, and the median of their ratio
+) -> Latency:         # Median seconds unfolded, folded, and the median of their ratio; `interval` of the ratio
     "The latency of a folded Learner's model against itself before folding, measured in turns"
     folder,_ = _fold_of(self)
     args = first_items(learner_batch(self), 1) if xb is None else as_args(xb)
-    return _time_both(self.model, args, folder.swaps, seconds)
+    return time_both(self.model, args, folder.swaps, seconds)

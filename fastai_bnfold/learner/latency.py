@@ -19,13 +19,14 @@ class _Medians(NamedTuple):
 
 class Latency(_Medians):
     "Median seconds unfolded, folded, and the median of their ratio; `interval` is that of the ratio"
-    def __new__(cls, times): return super().__new__(cls, median(times['before']), median(times['after']), median(ratios(times, 'before', 'after')))
-    def __init__(self,
+    def __new__(cls,
         times:dict # 'before' and 'after' → seconds, one for each round
     ):
+        before,after,ratio = times['before'],times['after'],ratios(times, 'before', 'after')
+        self = super().__new__(cls, *map(median, (before, after, ratio)))
+        self.before_interval,self.after_interval,self.interval = map(interval, (before, after, ratio))
         self.times = times
-        self.before_interval,self.after_interval = interval(times['before']), interval(times['after'])
-        self.interval = interval(ratios(times, 'before', 'after'))
+        return self
 
     def into(self, report):
         "Write it into a `FoldReport`"

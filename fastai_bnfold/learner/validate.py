@@ -19,6 +19,7 @@ from fastai.callback.fp16 import NonNativeMixedPrecision
 from ..fold.inputs import *
 from .batches import *
 from .compare import *
+from .progress import *
 
 # %% ../../nbs/learner/01_validate.ipynb #bd74deb1
 _outcome = {'xb','yb','pred','loss','loss_grad','loss_func'} # what a callback may set on its Learner
@@ -277,14 +278,14 @@ class Tally:
         self.diff = max(self.diff, *apart, 0.)
         self.scale = max(self.scale, *size, 0.)
 
-def _go_through(sides, dl, step) -> Tally:
+def _go_through(sides, dl, bar) -> Tally:
     "Both sides, over all batches"
     tally,learn = Tally(),sides.validations[0].learn
     classes = Classes(learn.loss_func)
     with iterated(dl) as batches:
         for i,batch in enumerate(batches):
             before,after = sides.run(i, _as_tuple(batch))
-            step()
+            bar.step()
             if before is None or after is None: continue # skipped by a callback
             found = compare(before, after, find_bs(batch), classes(before, learn.yb), classes(after, learn.yb))
             tally.add(learn.to_detach(found))
@@ -306,19 +307,20 @@ def validate_both(
     learn,      # Its model is folded, in place
     folder,     # The `BNFolder` that folded it
     dl=None,    # Batches, with targets or without; the validation set if left out
-    step=noop   # Called after each batch (a progress bar)
+    bar=None    # A `FoldBar`; none if left out
 ):
     "Validate the model unfolded and folded, in one pass over the data, and complete the report of `folder`"
     if dl is None and not has_valid(learn): return folder.report.notes.append(
         'The Learner has no validation set: the metrics could not be compared.')
-    dl = _shared(learn, learn.dls.valid if dl is None else dl)
+    dl,bar = _shared(learn, learn.dls.valid if dl is None else dl),bar or FoldBar()
+    bar.begin('Validating the model as it was, and folded', len(dl))
     with random_kept(), data_kept(dl), evaluating(learn.model), warnings.catch_warnings(), ExitStack() as stack:
         _quiet()
         sides = Sides(learn, dl, folder.swaps)
         stack.callback(sides.restore)
         try:
             sides.begin(stack)
-            tally = _go_through(sides, dl, step)
+            tally = _go_through(sides, dl, bar)
             sides.end()
         except _cancels: tally = Tally() # a callback wants no validation
         _complete(folder.report, sides, tally)
