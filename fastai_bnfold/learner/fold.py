@@ -69,7 +69,7 @@ def fold_bn(self:Learner,
         if validate: validate_both(self, folder, bar=bar)
         if not rep.n_folded: return rep
         if latency:
-            bar.begin('Timing one item')
+            bar.begin('Timing')
             time_both(self.model, first_items(args, 1), folder.swaps, latency).into(rep)
         _folds[self] = folder,opt
         self.opt = None # it holds the old parameters; `export` could not match it with the new

@@ -38,5 +38,7 @@ class FoldBar:
         if self.bar: self.bar.update(self.done)
     def close(self):
         "Take the bar away"
-        if self.bar: self.bar.on_iter_end()
+        if not self.bar: return
+        self._name('') # fastprogress leaves the title there
+        self.bar.on_iter_end()
         self.bar = None

@@ -313,7 +313,7 @@ def validate_both(
     if dl is None and not has_valid(learn): return folder.report.notes.append(
         'The Learner has no validation set: the metrics could not be compared.')
     dl,bar = _shared(learn, learn.dls.valid if dl is None else dl),bar or FoldBar()
-    bar.begin('Validating the model as it was, and folded', len(dl))
+    bar.begin('Validating both', len(dl))
     with random_kept(), data_kept(dl), evaluating(learn.model), warnings.catch_warnings(), ExitStack() as stack:
         _quiet()
         sides = Sides(learn, dl, folder.swaps)
