@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import nn
 from ..timing import interval, latency, median, ratios
 from ..fold.inputs import *
+from .kept import *
 
 # %% ../../nbs/learner/02a_latency.ipynb #7875abd7
 class _Medians(NamedTuple):
@@ -50,9 +51,5 @@ def time_both(
         swaps.redo()
         return model(*args)
     cuda = any(p.is_cuda for p in model.parameters())
-    with evaluating(model):
-        try: times = latency(dict(before=unfolded, after=folded), seconds, min_rounds=6, cuda=cuda)
-        finally: # all of it is folded, even if a switch was interrupted half way
-            swaps.undo()
-            swaps.redo()
+    with both_kept(model, swaps): times = latency(dict(before=unfolded, after=folded), seconds, min_rounds=6, cuda=cuda)
     return Latency(times)
