@@ -10,6 +10,7 @@ import torch
 from fastai.basics import *
 from ..errors import *
 from ..fold.inputs import *
+from .kept import *
 
 # %% ../../nbs/learner/00_batches.ipynb #43aec2c2
 def first_items(args, n):
@@ -36,13 +37,14 @@ def _one_batch(dl):
 def learner_batch(learn) -> tuple:
     "Two items of the Learner's own data, on the model's device"
     why = None
-    try: dl = _loader(learn)
-    except Exception as e: dl,why = (),e
+    with random_kept(): # a new loader draws a seed
+        try: dl = _loader(learn)
+        except Exception as e: dl,why = (),e
     if not len(dl): raise NoDataError(
         "This Learner has no data to trace its model with. Give a batch: "
         "`learn.fold_bn(xb=...)`, a tensor or a tuple of the model's inputs.") from why
     weight = next(iter(learn.model.parameters()), torch.zeros(1))
-    batch = to_device(_one_batch(dl), weight.device)
+    with random_kept(), data_kept(dl): batch = to_device(_one_batch(dl), weight.device)
     n_inp = getattr(learn.dls, 'n_inp', 1)
     inputs = batch[:n_inp] if isinstance(batch, (tuple,list)) else batch # no targets
     return first_items(as_args(inputs), 2)
