@@ -1,5 +1,5 @@
 "The Learner: everything of fastai goes on working, and nothing is lost"
-import json, subprocess, sys
+import copy, json, subprocess, sys
 import pytest, torch
 from torch import nn
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
@@ -31,7 +31,8 @@ def test_fold_and_report(learn):
     assert rep.params_before-rep.params_after == 2*(16+32+32)-16 and rep.latency_before>0 and rep.speedup>0
     assert learn.recorder.losses==losses and learn.recorder.values==values
     text = str(rep)
-    for word in ('parameters','buffers','latency','valid_loss','accuracy','0 of 360 predictions changed','backward into 0','forward into 10'): assert word in text
+    for word in ('parameters','buffers','latency','valid_loss','accuracy','0 of 360 predictions changed','2 × backward, 1 × forward'): assert word in text
+    for word in ('backward into 0','forward into 10'): assert word in str(rep.rows)
     html = rep._repr_html_(); assert '<table>' in html and 'accuracy' in html
     assert list(rep.to_df().columns)==['bn','folded','how','into','acts','reason','possible','live','is_bn','kind','in_graph','calls'] and len(rep.to_df())==3
     rep.plot(); plt.close('all')
@@ -142,12 +143,12 @@ def test_nothing_to_fold(dls):
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
 
 def test_a_metric_that_is_no_number(dls):
-    "And a loss without classes, for which changed predictions cannot be counted"
+    "And a loss that tells no classes: shapes and dtypes do"
     from fastai.learner import AvgMetric
     def shape(p, y): return torch.tensor([1.,2.])
     learn = Learner(dls, net(), loss_func=lambda p,y: nn.functional.cross_entropy(p, y), metrics=AvgMetric(shape))
     rep = learn.fold_bn(latency=0)
-    assert rep.n_folded==3 and rep.n_changed is None and 'shape' in str(rep) and 'shape' in rep._repr_html_()
+    assert rep.n_folded==3 and rep.n_changed==0 and 'shape' in str(rep) and 'shape' in rep._repr_html_()
 
 def test_no_data(learn, tmp_path):
     learn.export('plain.pkl'); loaded = load_learner(tmp_path/'plain.pkl'); old = state(loaded.model)
@@ -163,18 +164,20 @@ def test_bad_batch(learn):
     learn.fold_bn(latency=0)
 
 @pytest.mark.parametrize('exc', [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize('nth', [1,2])
+@pytest.mark.parametrize('nth', [1,2,5,12])
 def test_interrupted_validation_loses_nothing(learn, exc, nth, monkeypatch):
-    import fastai_bnfold.learner.validate as L
-    real,calls = L._validate,[]
-    def faulty(l):
+    "In the first batch or a later one, in the unfolded model or the folded"
+    from fastai_bnfold.learner.validate import Validation
+    real,calls = Validation.run,[]
+    def faulty(self, i, batch):
         calls.append(1)
         if len(calls)==nth: raise exc('injected')
-        return real(l)
-    monkeypatch.setattr(L, '_validate', faulty)
+        return real(self, i, batch)
+    monkeypatch.setattr(Validation, 'run', faulty)
     old,opt,cbs,losses = state(learn.model),learn.opt,list(learn.cbs),list(learn.recorder.losses)
     with pytest.raises(exc): learn.fold_bn(latency=0)
     assert equal(state(learn.model), old) and learn.opt is opt and list(learn.cbs)==cbs and learn.recorder.losses==losses
+    copy.deepcopy(learn)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
 
 def test_bad_statistics(learn):

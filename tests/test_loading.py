@@ -144,10 +144,17 @@ def test_mode_after_unfolding(learn):
     learn.model.eval()
     learn.unfold_bn()
     assert not learn.model[1].training
+@pytest.mark.parametrize('change', [nn.Module.half, nn.Module.bfloat16, nn.Module.float])
+def test_a_conversion_takes_nothing_away(learn, change):
+    trained = copies(learn.model)
+    fold(learn)
+    change(learn.model)
+    learn.unfold_bn()
+    assert same(learn.model, trained)
 def test_numbers_that_are_gone(learn):
     "Changed in place, where the folded model shares them: said, and the fold stays"
     fold(learn)
-    learn.model.half()
+    learn.model[7].weight.data.mul_(2)
     with pytest.raises(FoldedError, match='not in memory'): learn.unfold_bn()
     assert isinstance(learn.model[1], nn.Identity)
 

@@ -12,7 +12,7 @@ from fastcore.script import call_parse
 import torchvision
 from ..errors import FoldError
 from ..learner import *
-from ..fold.report import text_table
+from ..fold.report import speed_in_words, text_table
 from .command import exit_with, machine
 from .data import get_dls
 from .training import train
@@ -30,7 +30,7 @@ def fold_and_measure(
     rep = learn.fold_bn(latency=0)
     x = learn.dls.valid.one_batch()[0][:1].as_subclass(Tensor)
     x = F.interpolate(x, size=(latency_size,)*2, mode='bilinear', antialias=True)
-    rep.latency_before,rep.latency_after,rep.speedup = learn.latency_bn(x, seconds)
+    learn.latency_bn(x, seconds).into(rep)
     return rep
 
 # %% ../../nbs/lab/04_article.ipynb #6afe488d
@@ -46,7 +46,7 @@ def _claims(name, rep):
         yield f'{metric}, after - before', unchanged, f'{change:+.1e} ({before:.6f})'
     yield 'predictions changed', '', f'{rep.n_changed:,} of {rep.n_items:,}'
     ms = f'{rep.latency_before*1e3:.1f} -> {rep.latency_after*1e3:.1f} ms'
-    yield 'one image', faster, f'{ms} ({rep.speedup:.2f}x)'
+    yield 'one image', faster, f'{ms}: {speed_in_words(rep.speedup, rep.speedup_interval)}'
 
 def compare(
     reps:dict  # Network → FoldReport

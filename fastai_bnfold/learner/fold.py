@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['Folded', 'is_folded', 'fold_of', 'folds_of', 'is_replaced', 'forget_replaced', 'wrap_method']
 
-# %% ../../nbs/learner/03_fold.ipynb #a2f530d1
-import torch
-import warnings
+# %% ../../nbs/learner/03_fold.ipynb #b6f6bf77
+import torch, warnings
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,30 +18,14 @@ from ..errors import *
 from ..fold.inputs import *
 from ..fold.report import *
 from ..fold.folder import *
-from ..timing import latency, median, ratio
+from .kept import *
 from .batches import *
 from .trained import *
 from .validate import *
+from .latency import *
+from .progress import *
 
-# %% ../../nbs/learner/03_fold.ipynb #21b2d2d4
-def _time_both(model, args, swaps, seconds) -> tuple:
-    "Median seconds unfolded and folded, in turns, and the median ratio"
-    args = fresh(args)
-    def unfolded():
-        swaps.undo()
-        return model(*args)
-    def folded():
-        swaps.redo()
-        return model(*args)
-    cuda = any(p.is_cuda for p in model.parameters())
-    with evaluating(model):
-        try: times = latency(dict(before=unfolded, after=folded), seconds, cuda=cuda)
-        finally: # all of it is folded, even if a switch was interrupted half way
-            swaps.undo()
-            swaps.redo()
-    return median(times['before']), median(times['after']), ratio(times, 'before', 'after')
-
-# %% ../../nbs/learner/03_fold.ipynb #a598e19e
+# %% ../../nbs/learner/03_fold.ipynb #ff696045
 def _failures(error) -> list:
     "What failed, on any process; `error`, or None, is what failed on this one"
     said = [None]*num_distrib()
@@ -63,7 +46,7 @@ def _all_or_none(learn):
     if failures: raise FoldError(
         f"Nothing was folded, because folding failed on another process: {'; '.join(failures)}")
 
-# %% ../../nbs/learner/03_fold.ipynb #49660812
+# %% ../../nbs/learner/03_fold.ipynb #5ffff24e
 @dataclass(eq=False)
 class Folded:
     "What is kept of a folded Learner"
@@ -90,18 +73,10 @@ def folds_of(model) -> list:
     "The folds that `model` is the result of, a part of, or around"
     return [fold for fold in _folds.values() if fold.trained.holds(model)]
 
-# %% ../../nbs/learner/03_fold.ipynb #e6ac74de
+# %% ../../nbs/learner/03_fold.ipynb #ad2f213b
 def _args(learn, xb, dl):
     "The batch to trace with"
     return learner_batch(learn, dl) if xb is None else given_batch(learn, xb)
-
-def _measured(learn, folder, args, validate, dl, latency):
-    "Complete the report"
-    report = folder.report
-    if validate: validate_both(learn, folder, dl=dl)
-    if not (latency and report.n_folded): return
-    times = _time_both(learn.model, first_items(args, 1), folder.swaps, latency)
-    report.latency_before,report.latency_after,report.speedup = times
 
 @patch
 def fold_bn(self:Learner,
@@ -116,13 +91,16 @@ def fold_bn(self:Learner,
     "Fold the batch norms of the model in place, and show that nothing changed; `unfold_bn` undoes it"
     if is_folded(self): raise FoldedError(
         "This Learner is folded already. `learn.unfold_bn()` brings the trainable model back.")
-    folder,trained = BNFolder(verify, costly, clamps),Trained(self.model)
+    folder,trained,bar = BNFolder(verify, costly, clamps),Trained(self.model),FoldBar(self, 'Folding')
     try:
         with random_kept():
             with _all_or_none(self):
                 args = _args(self, xb, dl)
                 folder.fold(self.model, args, inplace=True)
-            _measured(self, folder, args, validate, dl, latency)
+            if validate: validate_both(self, folder, dl, bar)
+            if latency and folder.report.n_folded:
+                bar.begin('Timing')
+                time_both(self.model, first_items(args, 1), folder.swaps, latency).into(folder.report)
         if not folder.report.n_folded: return folder.report
         trained.folded()
         _folds[self] = Folded(folder, trained, self.opt)
@@ -131,8 +109,9 @@ def fold_bn(self:Learner,
         if folder.swaps: folder.swaps.undo()
         _folds.pop(self, None)
         raise
+    finally: bar.close()
 
-# %% ../../nbs/learner/03_fold.ipynb #ec9b8b53
+# %% ../../nbs/learner/03_fold.ipynb #e1a334c6
 def _forget_replaced(learn):
     "The model that was folded is not the Learner's any more: unfold it, and forget its optimizer"
     fold = _folds.pop(learn)
@@ -164,7 +143,7 @@ def unfold_bn(self:Learner) -> Learner:
     for learn in [learn for learn,o in _folds.items() if o is fold]: del _folds[learn]
     return self
 
-# %% ../../nbs/learner/03_fold.ipynb #2f717785
+# %% ../../nbs/learner/03_fold.ipynb #33fa77f0
 def wrap_method(cls, name, wrapper, **kwargs):
     "`wrapper(method, **kwargs)` takes the place of a method; if it is done again, of the wrapper that was there"
     method = getattr(cls, name)
@@ -173,7 +152,7 @@ def wrap_method(cls, name, wrapper, **kwargs):
     new._original = original
     setattr(cls, name, new)
 
-# %% ../../nbs/learner/03_fold.ipynb #9b5c18f1
+# %% ../../nbs/learner/03_fold.ipynb #93bc67b2
 @contextmanager
 def _unfolded(fold):
     "While active, the trained model is in place"
@@ -191,7 +170,7 @@ def _for_the_trained(create_opt):
 
 wrap_method(Learner, 'create_opt', _for_the_trained)
 
-# %% ../../nbs/learner/03_fold.ipynb #408cacea
+# %% ../../nbs/learner/03_fold.ipynb #8f3c2b58
 @patch
 def __deepcopy__(self:Learner, memo):
     new = memo[id(self)] = type(self).__new__(type(self))
@@ -199,14 +178,14 @@ def __deepcopy__(self:Learner, memo):
     if self in _folds: _folds[new] = deepcopy(_folds[self], memo)
     return new
 
-# %% ../../nbs/learner/03_fold.ipynb #226447dd
+# %% ../../nbs/learner/03_fold.ipynb #b08dd453
 @patch
 def latency_bn(self:Learner,
     xb=None,          # Input to time: a tensor or a tuple of the model's inputs; one item of its data if left out
     seconds:float=3.  # Time to spend in all
-) -> tuple:           # Median seconds unfolded, folded, and the median of their ratio
+) -> Latency:         # Median seconds unfolded, folded, and the median of their ratio; `interval` of the ratio
     "The latency of a folded Learner's model against itself before folding, measured in turns"
     fold = fold_of(self)
     if fold is None: raise FoldError('This Learner is not folded: call `fold_bn` first.')
     args = first_items(learner_batch(self), 1) if xb is None else given_batch(self, xb)
-    return _time_both(self.model, args, fold.folder.swaps, seconds)
+    return time_both(self.model, args, fold.folder.swaps, seconds)

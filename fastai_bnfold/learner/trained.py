@@ -33,7 +33,7 @@ class Trained:
     def __init__(self, model:nn.Module):
         self.model,self.references = model,_references(model)
         self.marked = vars(model).get('bn_folded')
-        self.shared,self.bits = [],[]
+        self.shared,self.numbers,self.bits = [],[],[]
 
     @property
     def tensors(self) -> list:
@@ -46,7 +46,8 @@ class Trained:
         "Now the fold is in place: remember the parameters that the folded model shares with the trained one"
         now = {id(p) for p in self.model.parameters()}
         self.shared = [p for p in self.tensors if id(p) in now]
-        self.bits = [bits_of(p) for p in self.shared]
+        self.numbers = [p.detach() for p in self.shared] # still there where a conversion gives a parameter others
+        self.bits = list(map(bits_of, self.numbers))
 
     def holds(self, model) -> bool:
         "Is `model` the folded model, a part of it, or around it?"
@@ -57,10 +58,10 @@ class Trained:
 @patch
 def check(self:Trained):
     "A `FoldedError` if numbers of the trained model were overwritten: it is not in memory any more"
-    n = sum(bits_of(p)!=was for p,was in zip(self.shared, self.bits))
+    n = sum(bits_of(x)!=was for x,was in zip(self.numbers, self.bits))
     if n: raise FoldedError(
-        f"{n} parameters that the folded model shares with the trained one were changed after the fold, in place "
-        "(a conversion to another dtype, or a write through `.data`?): the trained model is not in memory any more. "
+        f"{n} parameters that the folded model shares with the trained one were changed after the fold, in place: "
+        "the trained model is not in memory any more. "
         "Undo the change, or load the file of the trained model into a new, unfolded one.")
 
 def _put_back(references):
@@ -83,6 +84,7 @@ def put_back(self:Trained):
     mode = _all_same(module.training for module in model.modules())
     device = _all_same(p.device for p in model.parameters())
     _put_back(self.references)
+    for p,numbers in zip(self.shared, self.numbers): p.data = numbers
     if self.marked is None: vars(model).pop('bn_folded', None)
     if mode is not None: model.train(mode)
     if device is not None and any(x.device!=device for x in self.tensors): model.to(device)
@@ -101,4 +103,4 @@ def part(self:Trained):
     for module,name,table in _references(self.model):
         if name=='_modules': continue
         vars(module)[name].update({key: own(x) for key,x in table.items() if x is not None})
-    self.shared,self.bits = [],[]
+    self.shared,self.numbers,self.bits = [],[],[]
