@@ -258,6 +258,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'fastai_bnfold/deploy/serve.py'),
                                             'fastai_bnfold.deploy.serve.as_json': ( 'deploy/serve.html#as_json',
                                                                                     'fastai_bnfold/deploy/serve.py'),
+                                            'fastai_bnfold.deploy.serve.fits': ('deploy/serve.html#fits', 'fastai_bnfold/deploy/serve.py'),
                                             'fastai_bnfold.deploy.serve.read_card': ( 'deploy/serve.html#read_card',
                                                                                       'fastai_bnfold/deploy/serve.py'),
                                             'fastai_bnfold.deploy.serve.sha256': ( 'deploy/serve.html#sha256',
