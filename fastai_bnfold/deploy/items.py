@@ -7,7 +7,7 @@ __all__ = ['steps', 'step', 'resize', 'center_crop', 'to_array', 'normalize', 'r
            'open_image', 'is_missing', 'category_key', 'Row', 'as_row', 'frame_rows', 'row_inputs', 'image_input',
            'item_inputs', 'many_items']
 
-# %% ../../nbs/deploy/01_items.ipynb #7c016302
+# %% ../../nbs/deploy/01_items.ipynb #5d6abada
 import io, math, os, re, warnings
 from collections.abc import Iterable, Mapping
 from datetime import date, datetime
@@ -15,7 +15,7 @@ from numbers import Real
 import numpy as np
 from ..errors import *
 
-# %% ../../nbs/deploy/01_items.ipynb #b8a63f8c
+# %% ../../nbs/deploy/01_items.ipynb #7bcc7c8e
 steps = {}  # name → function
 
 def step(f):
@@ -23,7 +23,7 @@ def step(f):
     steps[f.__name__] = f
     return f
 
-# %% ../../nbs/deploy/01_items.ipynb #8e5adacc
+# %% ../../nbs/deploy/01_items.ipynb #d48c9169
 _pad_modes = {'zeros': 'constant', 'border': 'edge', 'reflection': 'reflect'} # fastai's names → NumPy's
 
 def _cut(im, size, left, top, pad_mode):
@@ -38,7 +38,7 @@ def _cut(im, size, left, top, pad_mode):
     pads += [(0,0)]*(pixels.ndim-2)
     return Image.fromarray(np.pad(pixels, pads, mode=_pad_modes[pad_mode]))
 
-# %% ../../nbs/deploy/01_items.ipynb #8aa6b611
+# %% ../../nbs/deploy/01_items.ipynb #c93c28cb
 @step
 def resize(im, size, method, pad_mode, resample):
     "The largest box in the middle ('crop'), the smallest that holds the image ('pad'), or all of it ('squish')"
@@ -49,7 +49,7 @@ def resize(im, size, method, pad_mode, resample):
     left,top = (int(.5*(n-m)) for n,m in zip(im.size, box))
     return _cut(im, box, left, top, pad_mode).resize(tuple(size), resample)
 
-# %% ../../nbs/deploy/01_items.ipynb #d30c746e
+# %% ../../nbs/deploy/01_items.ipynb #0310d12b
 @step
 def center_crop(im, size):
     "The box of `size` (width, height) in the middle"
@@ -68,7 +68,7 @@ def normalize(x, mean, std):
     "Minus `mean`, over `std`, per channel"
     return (x-np.float32(mean).reshape(-1,1,1))/np.float32(std).reshape(-1,1,1)
 
-# %% ../../nbs/deploy/01_items.ipynb #7b8f7ede
+# %% ../../nbs/deploy/01_items.ipynb #eedfb368
 def _averages(n, m):
     "The matrix of averages that takes `n` pixels to `m`"
     res = np.zeros((m,n), np.float32)
@@ -88,7 +88,7 @@ def _interpolation(n, m, corners):
     res[np.arange(m),right] += where-left
     return res
 
-# %% ../../nbs/deploy/01_items.ipynb #c674b429
+# %% ../../nbs/deploy/01_items.ipynb #75b4e8f2
 def _middle(x, ratios, share):
     "`RandomResizedCropGPU`: of the box in the middle with width over height within `ratios`, a `share`"
     height,width = full = x.shape[-2:]
@@ -114,7 +114,7 @@ def resize_array(x, size, box, corners):
     height,width = x.shape[-2:]
     return _interpolation(height, size[0], corners) @ x @ _interpolation(width, size[1], corners).T
 
-# %% ../../nbs/deploy/01_items.ipynb #a98dabb1
+# %% ../../nbs/deploy/01_items.ipynb #2e079d52
 def is_tensor(item) -> bool:
     "Is it a PyTorch tensor? (Open files have a `detach`, too)"
     return hasattr(item, 'detach') and hasattr(item, 'cpu')
@@ -137,7 +137,7 @@ def _from_array(pixels):
     if pixels.shape[2:]==(1,): pixels = pixels[...,0]
     return Image.fromarray(np.ascontiguousarray(pixels))
 
-# %% ../../nbs/deploy/01_items.ipynb #f01fae6d
+# %% ../../nbs/deploy/01_items.ipynb #cf671abb
 _buffers = bytes,bytearray,memoryview
 
 def is_file(item) -> bool:
@@ -187,7 +187,7 @@ def open_image(item, mode:str='RGB'):
     except ValueError as e:
         raise DeployError(f"A Pillow image of mode '{item.mode}' cannot become one of mode '{mode}' ({e})") from e
 
-# %% ../../nbs/deploy/01_items.ipynb #b2af4905
+# %% ../../nbs/deploy/01_items.ipynb #b9a69192
 def is_missing(value) -> bool:
     "None, NaN, NaT or pandas' NA?"
     if value is None: return True
@@ -219,7 +219,7 @@ def category_key(value, type:str):
     "The text of a value among categories of the type, None if no category of this type could be equal to it"
     return _keys[type](value)
 
-# %% ../../nbs/deploy/01_items.ipynb #05140a6a
+# %% ../../nbs/deploy/01_items.ipynb #5fb87f06
 class Row(dict):
     "A row whose values are as pandas would compare them"
 
@@ -247,7 +247,7 @@ def frame_rows(frame):
     columns = [column.to_numpy() for _,column in frame.items()]
     for values in zip(*columns): yield Row(zip(frame.columns, values))
 
-# %% ../../nbs/deploy/01_items.ipynb #035b7946
+# %% ../../nbs/deploy/01_items.ipynb #71ef39e5
 def _date_of(name, row):
     "The column of a date of which `add_datepart` would make the column `name`"
     for key in row:
@@ -269,7 +269,7 @@ def _value(row, name, spec):
         if key in row: return row[key]
     raise _no_column(row, name, spec)
 
-# %% ../../nbs/deploy/01_items.ipynb #94f93ed1
+# %% ../../nbs/deploy/01_items.ipynb #262a7585
 def _warn_unseen(value, column, warned):
     if column['name'] in warned: return
     warned.add(column['name'])
@@ -301,7 +301,7 @@ def _number(row, column, spec):
                           "and had one in every row of the training")
     return (_as_float(value, column['name'])-column['mean'])/column['std']
 
-# %% ../../nbs/deploy/01_items.ipynb #bbb3ae59
+# %% ../../nbs/deploy/01_items.ipynb #894e0791
 def row_inputs(
     row,            # A dict, a `Series` or a named tuple
     spec:dict,      # `card['input']`
@@ -313,7 +313,7 @@ def row_inputs(
     numbers = [_number(row, column, spec) for column in spec['conts']]
     return np.array(codes, np.int64), np.array(numbers, np.float32)
 
-# %% ../../nbs/deploy/01_items.ipynb #7ca6440c
+# %% ../../nbs/deploy/01_items.ipynb #a93a2aa5
 def image_input(item, spec:dict):
     "An image after the steps of `spec`"
     x = open_image(item, spec['mode'])
@@ -335,7 +335,7 @@ def item_inputs(
     if spec['kind']=='image' and not ready: return (image_input(item, spec),)
     return tuple(map(_as_array, item if isinstance(item, tuple) else (item,)))
 
-# %% ../../nbs/deploy/01_items.ipynb #5e16faed
+# %% ../../nbs/deploy/01_items.ipynb #d364d8d0
 def _is_item(given, kind):
     "Is it one item, though it can be gone through?"
     if isinstance(given, (str,os.PathLike,Mapping,*_buffers)) or is_file(given): return True
