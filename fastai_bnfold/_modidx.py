@@ -73,6 +73,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fastai_bnfold/deploy/engines.py'),
                                               'fastai_bnfold.deploy.engines.fork_safe': ( 'deploy/engines.html#fork_safe',
                                                                                           'fastai_bnfold/deploy/engines.py'),
+                                              'fastai_bnfold.deploy.engines.import_openvino': ( 'deploy/engines.html#import_openvino',
+                                                                                                'fastai_bnfold/deploy/engines.py'),
                                               'fastai_bnfold.deploy.engines.load_eager': ( 'deploy/engines.html#load_eager',
                                                                                            'fastai_bnfold/deploy/engines.py'),
                                               'fastai_bnfold.deploy.engines.load_engine': ( 'deploy/engines.html#load_engine',

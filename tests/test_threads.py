@@ -99,3 +99,9 @@ def test_onnx_sends_nothing(deployed):
         env = {k: v for k,v in os.environ.items() if k!='ORT_DISABLE_TELEMETRY'} | set_by_user
         out = subprocess.run([sys.executable, '-c', code, deployed.path], env=env, capture_output=True, text=True).stdout
         assert out.strip()==set_by_user.get('ORT_DISABLE_TELEMETRY', '1')
+
+def test_openvino_sends_nothing(deployed):
+    "OpenVINO's telemetry starts a process, which a fork would inherit"
+    if deployed.card['backend']!='openvino': pytest.skip('of OpenVINO')
+    code = "import sys; from fastai_bnfold.deploy.serve import Deployed; Deployed(sys.argv[1]); print([m for m in sys.modules if 'openvino_telemetry' in m])"
+    assert subprocess.run([sys.executable, '-c', code, deployed.path], capture_output=True, text=True).stdout.strip()=='[]'

@@ -6,7 +6,7 @@
 __all__ = ['Exported', 'first_line', 'export_model', 'free_shapes', 'writer', 'write_onnx', 'write_openvino', 'write_torch',
            'write_eager', 'input_names', 'export_checked']
 
-# %% ../../nbs/deploy/06_export.ipynb #973f8839
+# %% ../../nbs/deploy/06_export.ipynb #6d8c2a25
 import inspect, io, shutil, torch, warnings
 from collections import namedtuple
 from torch import nn
@@ -22,7 +22,7 @@ from .engines import *
 from .batches import *
 from .parity import *
 
-# %% ../../nbs/deploy/06_export.ipynb #58ec67de
+# %% ../../nbs/deploy/06_export.ipynb #d9193b3a
 def first_line(error) -> str:
     "What an error says, without the pages after it"
     said = str(error).strip()
@@ -50,7 +50,7 @@ def export_model(
                 f"({type(e).__name__}: {first_line(e)}). Every backend needs that, 'eager' as well: "
                 "write `forward` without decisions on values of tensors, and for any number of items.") from e
 
-# %% ../../nbs/deploy/06_export.ipynb #ba7c19e3
+# %% ../../nbs/deploy/06_export.ipynb #9793efd7
 def _user_inputs(ep):
     "The graph's nodes that are the model's inputs (parameters are placeholders, too)"
     names = ep.graph_signature.user_inputs
@@ -61,7 +61,7 @@ def free_shapes(ep) -> list:
     def size(n): return None if isinstance(n, torch.SymInt) else int(n)
     return [list(map(size, node.meta['val'].shape)) for node in _user_inputs(ep)]
 
-# %% ../../nbs/deploy/06_export.ipynb #e749062f
+# %% ../../nbs/deploy/06_export.ipynb #e1fe639a
 def writer(name:str, *packages, **options):
     "Register the function that writes a backend's file, with the packages and the `BNFolder`'s options for it"
     def deco(write):
@@ -86,13 +86,13 @@ def write_onnx(ep, to):
 @writer('openvino')
 def write_openvino(ep, to):
     "OpenVINO's two files, from the exported program"
-    try: import openvino as ov
+    try: ov = import_openvino()
     except ImportError as e:
         raise DeployError("Backend 'openvino' needs OpenVINO: pip install 'fastai_bnfold[openvino]'") from e
     ov.save_model(ov.convert_model(ep), str(to/'model.xml'), compress_to_fp16=False)
     return 'model.xml'
 
-# %% ../../nbs/deploy/06_export.ipynb #4ce64916
+# %% ../../nbs/deploy/06_export.ipynb #b04f1476
 @writer('torch')
 def write_torch(ep, to):
     "An AOTInductor package: compiled code, from the exported program"
@@ -117,14 +117,14 @@ def write_eager(ep, to):
         raise DeployError(f"This model cannot be deployed with backend 'eager', whose files hold data only: {why}") from e
     return 'model.pt2'
 
-# %% ../../nbs/deploy/06_export.ipynb #b378a9ff
+# %% ../../nbs/deploy/06_export.ipynb #6ad63873
 def input_names(model:nn.Module, n:int) -> list:
     "Names of the `n` inputs: those of the arguments of `forward`"
     params = inspect.signature(model.forward).parameters.values()
     names = [p.name for p in params if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return names[:n] if len(names)>=n else [f'x{i}' for i in range(n)]
 
-# %% ../../nbs/deploy/06_export.ipynb #57194a7a
+# %% ../../nbs/deploy/06_export.ipynb #76509f63
 Exported = namedtuple('Exported', 'file report shapes names run')
 Exported.__doc__ = """A model that was written: its file, the `FoldReport`, shapes and names of the inputs,
 and the engine (a function from arrays to a list of arrays)"""
@@ -136,7 +136,7 @@ def _write(model, args, backend, to, sizes):
     ep = folder.fold_graph(export_model(model, args, sizes))
     return write(ep, to), folder.report, free_shapes(ep)
 
-# %% ../../nbs/deploy/06_export.ipynb #250fbbc7
+# %% ../../nbs/deploy/06_export.ipynb #4d14c582
 def _export(model, args, backend, to, sizes, tol):
     "Write the model, load it, and run it on other sizes"
     file,report,shapes = _write(model, args, backend, to, sizes)
@@ -148,7 +148,7 @@ def _export(model, args, backend, to, sizes, tol):
         if free and err>tol: raise DeployError('another size gives other outputs')
     return Exported(file, report, shapes, names, call)
 
-# %% ../../nbs/deploy/06_export.ipynb #df88d2cb
+# %% ../../nbs/deploy/06_export.ipynb #22bc6d7b
 def _clear(folder):
     for f in folder.iterdir(): f.unlink() if f.is_file() else shutil.rmtree(f)
 
