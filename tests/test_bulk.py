@@ -5,6 +5,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 ray = pytest.importorskip('ray'); psutil = pytest.importorskip('psutil')
 import pyarrow as pa, pyarrow.dataset, pyarrow.parquet
+from fastai_bnfold.deploy.export import export_model, write_eager
 from fastai_bnfold.deploy.serve import Deployed, sha256
 
 root = Path(__file__).parent.parent
@@ -15,8 +16,9 @@ def setup(tmp_path_factory):
     d = tmp_path_factory.mktemp('bulk')
     torch.manual_seed(0)
     (d/'model').mkdir()
-    torch.save(torch.nn.Sequential(torch.nn.Conv2d(3,4,3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4,3)), d/'model'/'model.pt')
-    card = dict(name='model', backend='eager', files={'model.pt': sha256(d/'model'/'model.pt')}, inputs=[dict(name='x', dtype='float32', shape=[None,3,None,None])],
+    net = torch.nn.Sequential(torch.nn.Conv2d(3,4,3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4,3))
+    write_eager(export_model(net.eval(), (torch.randn(2,3,64,64),)), d/'model')
+    card = dict(name='model', backend='eager', files={'model.pt2': sha256(d/'model'/'model.pt2')}, inputs=[dict(name='x', dtype='float32', shape=[None,3,None,None])],
                 input=dict(kind='image', mode='RGB', steps=[dict(op='to_array', div=255.)]), output=dict(kind='softmax', vocab=['a','b','c']), fold=dict(n_bn=0, n_folded=0), parity=dict(n_items=0, n_changed=0, max_err=0))
     (d/'model'/'card.json').write_text(json.dumps(card))
     (d/'images').mkdir()

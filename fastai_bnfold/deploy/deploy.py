@@ -154,7 +154,7 @@ def _copy(model):
 @patch
 def deploy(self:Learner,
     path,                   # Folder to make; an earlier deployment there is replaced
-    backend:str='onnx',     # Or 'openvino', 'torch' (an AOTInductor package), 'eager' (a pickled `nn.Module`)
+    backend:str='onnx',     # Or 'openvino', 'torch' (an AOTInductor package), 'eager' (an exported program)
     n_check:int=None,       # Validation items to check; all if left out
     tol:float=1e-4,         # Largest difference of the outputs, over their largest magnitude
     max_changed:int=0       # Predictions that may change

@@ -6,8 +6,8 @@
 __all__ = ['Exported', 'first_line', 'export_model', 'free_shapes', 'writer', 'write_onnx', 'write_openvino', 'write_torch',
            'write_eager', 'input_names', 'export_checked']
 
-# %% ../../nbs/deploy/06_export.ipynb #d417b834
-import inspect, shutil, torch, warnings
+# %% ../../nbs/deploy/06_export.ipynb #6d8c2a25
+import inspect, io, shutil, torch, warnings
 from collections import namedtuple
 from torch import nn
 from torch.export import Dim
@@ -17,11 +17,12 @@ from ..fold.ops import *
 from ..fold.folder import *
 from ..fold.verify import *
 from ..fold.graph import *
+from .archive import *
 from .engines import *
 from .batches import *
 from .parity import *
 
-# %% ../../nbs/deploy/06_export.ipynb #f992d00b
+# %% ../../nbs/deploy/06_export.ipynb #d9193b3a
 def first_line(error) -> str:
     "What an error says, without the pages after it"
     said = str(error).strip()
@@ -46,10 +47,10 @@ def export_model(
         try: return torch.export.export(model, args, dynamic_shapes=shapes)
         except Exception as e:
             raise DeployError("This model cannot be exported with `torch.export` and a dynamic batch size "
-                f"({type(e).__name__}: {first_line(e)}). "
-                "`backend='eager'` needs no export; or make the model's `forward` exportable.") from e
+                f"({type(e).__name__}: {first_line(e)}). Every backend needs that, 'eager' as well: "
+                "write `forward` without decisions on values of tensors, and for any number of items.") from e
 
-# %% ../../nbs/deploy/06_export.ipynb #31322a8f
+# %% ../../nbs/deploy/06_export.ipynb #9793efd7
 def _user_inputs(ep):
     "The graph's nodes that are the model's inputs (parameters are placeholders, too)"
     names = ep.graph_signature.user_inputs
@@ -60,7 +61,7 @@ def free_shapes(ep) -> list:
     def size(n): return None if isinstance(n, torch.SymInt) else int(n)
     return [list(map(size, node.meta['val'].shape)) for node in _user_inputs(ep)]
 
-# %% ../../nbs/deploy/06_export.ipynb #59ae61eb
+# %% ../../nbs/deploy/06_export.ipynb #e1fe639a
 def writer(name:str, *packages, **options):
     "Register the function that writes a backend's file, with the packages and the `BNFolder`'s options for it"
     def deco(write):
@@ -85,13 +86,13 @@ def write_onnx(ep, to):
 @writer('openvino')
 def write_openvino(ep, to):
     "OpenVINO's two files, from the exported program"
-    try: import openvino as ov
+    try: ov = import_openvino()
     except ImportError as e:
         raise DeployError("Backend 'openvino' needs OpenVINO: pip install 'fastai_bnfold[openvino]'") from e
     ov.save_model(ov.convert_model(ep), str(to/'model.xml'), compress_to_fp16=False)
     return 'model.xml'
 
-# %% ../../nbs/deploy/06_export.ipynb #6823a5ae
+# %% ../../nbs/deploy/06_export.ipynb #b04f1476
 @writer('torch')
 def write_torch(ep, to):
     "An AOTInductor package: compiled code, from the exported program"
@@ -103,39 +104,39 @@ def write_torch(ep, to):
     return 'model.pt2'
 
 @writer('eager')
-def write_eager(model, to):
-    "A pickled `nn.Module`"
-    torch.save(model, to/'model.pt')
-    return 'model.pt'
+def write_eager(ep, to):
+    "The exported program itself, as data alone; `DeployError` if it has more than that"
+    file,data = to/'model.pt2',io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        torch.export.save(plain(ep), data)
+    file.write_bytes(data.getbuffer()) # (PyTorch's own writer ends the process if the disk is full)
+    try: check_archive(file)
+    except DeployError as e:
+        why = str(e).replace(f"'{file}' is refused: ", '').replace(' Nothing of it was loaded.', '')
+        raise DeployError(f"This model cannot be deployed with backend 'eager', whose files hold data only: {why}") from e
+    return 'model.pt2'
 
-# %% ../../nbs/deploy/06_export.ipynb #94c732e6
+# %% ../../nbs/deploy/06_export.ipynb #6ad63873
 def input_names(model:nn.Module, n:int) -> list:
     "Names of the `n` inputs: those of the arguments of `forward`"
     params = inspect.signature(model.forward).parameters.values()
     names = [p.name for p in params if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return names[:n] if len(names)>=n else [f'x{i}' for i in range(n)]
 
-# %% ../../nbs/deploy/06_export.ipynb #1988ed81
+# %% ../../nbs/deploy/06_export.ipynb #76509f63
 Exported = namedtuple('Exported', 'file report shapes names run')
 Exported.__doc__ = """A model that was written: its file, the `FoldReport`, shapes and names of the inputs,
 and the engine (a function from arrays to a list of arrays)"""
-
-def _module_shapes(args, sizes):
-    "What a module is thought to leave free, as nothing says it"
-    def shape(x): return [None, *x.shape[1:2], *([None]*(x.ndim-2) if sizes else x.shape[2:])]
-    return list(map(shape, args))
 
 def _write(model, args, backend, to, sizes):
     "Fold and write; the name of the file, the `FoldReport`, and the shapes of the inputs"
     write = backends[backend]
     folder = BNFolder(**write.options)
-    if backend=='eager':
-        file = write(folder.fold(model, args), to)
-        return file, folder.report, _module_shapes(args, sizes)
     ep = folder.fold_graph(export_model(model, args, sizes))
     return write(ep, to), folder.report, free_shapes(ep)
 
-# %% ../../nbs/deploy/06_export.ipynb #a1f49aae
+# %% ../../nbs/deploy/06_export.ipynb #4d14c582
 def _export(model, args, backend, to, sizes, tol):
     "Write the model, load it, and run it on other sizes"
     file,report,shapes = _write(model, args, backend, to, sizes)
@@ -147,7 +148,7 @@ def _export(model, args, backend, to, sizes, tol):
         if free and err>tol: raise DeployError('another size gives other outputs')
     return Exported(file, report, shapes, names, call)
 
-# %% ../../nbs/deploy/06_export.ipynb #ced79b66
+# %% ../../nbs/deploy/06_export.ipynb #22bc6d7b
 def _clear(folder):
     for f in folder.iterdir(): f.unlink() if f.is_file() else shutil.rmtree(f)
 
