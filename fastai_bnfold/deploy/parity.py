@@ -26,7 +26,6 @@ from ..fold.ops import *
 from ..fold.folder import *
 from ..fold.verify import *
 from .batches import *
-from ..learner.batches import targets_of
 
 # %% ../../nbs/deploy/05_parity.ipynb #07fa79c1
 def _classes(out, output):
@@ -133,7 +132,7 @@ def parity(
         res['max_err'] = max(res['max_err'], max_err(want, got))
         res['n_changed'] += _n_changed(want[0], got[0], output)
         res['n_items'] += size
-        if scores: scores.add(_prediction(learn, out, got), targets_of(learn.dls, batch))
+        if scores: scores.add(_prediction(learn, out, got), targets_of(learn, batch))
     return res
 
 # %% ../../nbs/deploy/05_parity.ipynb #e184d147
