@@ -298,6 +298,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'fastai_bnfold.deploy.spec._input_spec': ( 'deploy/spec.html#_input_spec',
                                                                                       'fastai_bnfold/deploy/spec.py'),
                                            'fastai_bnfold.deploy.spec._kind': ('deploy/spec.html#_kind', 'fastai_bnfold/deploy/spec.py'),
+                                           'fastai_bnfold.deploy.spec._looks_only': ( 'deploy/spec.html#_looks_only',
+                                                                                      'fastai_bnfold/deploy/spec.py'),
                                            'fastai_bnfold.deploy.spec._name': ('deploy/spec.html#_name', 'fastai_bnfold/deploy/spec.py'),
                                            'fastai_bnfold.deploy.spec._normalize': ( 'deploy/spec.html#_normalize',
                                                                                      'fastai_bnfold/deploy/spec.py'),

@@ -19,8 +19,8 @@ from fastai.data.core import TfmdDL
 from fastai.data.transforms import IntToFloatTensor, Normalize, ToTensor
 from fastai.torch_core import to_device
 from fastai.vision.augment import (AffineCoordTfm, CropPad, RandomCrop, RandomResizedCrop, RandomResizedCropGPU,
-                                   RandTransform, RatioResize, Resize, SpaceTfm)
-from fastai.vision.core import PILBase, PILMask
+                                   RandTransform, RatioResize, Resize)
+from fastai.vision.core import PILBase, PILMask, PointScaler
 from ..errors import *
 from ..fold.inputs import same_random, tensors_of
 
@@ -59,6 +59,9 @@ def steps_of(tfm) -> list:
 def _name(tfm):
     "Of a function that became a transform, its own"
     return tfm.name if type(tfm).__name__=='Transform' else type(tfm).__name__
+
+@steps_of.register(PointScaler)
+def _looks_only(tfm): return [] # it notes the size of the image, for the points
 
 @steps_of.register(ToTensor)
 def _nothing(tfm): return [] # `to_array` makes an array of the image
