@@ -1,16 +1,21 @@
 "What `learn.predict` says of an odd image file, `Deployed.predict` says, whatever the pipeline; what fastai's Learners are made of deploys"
-import contextlib, io, json, random, warnings
-from unittest.mock import patch
+import random
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 from fastai.collab import CollabDataLoaders, collab_learner
 from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
-from fastai.vision.all import *
+from fastai.vision.all import (AddMaskCodes, CategoryBlock, CropPad, CrossEntropyLossFlat, DataBlock, DataLoaders, DihedralItem,
+    DynamicUnet, FlipItem, GrandparentSplitter, ImageBlock, ImageDataLoaders, IndexSplitter, IntToFloatTensor, Learner, MultiCategoryBlock, Normalize,
+    PadMode, PILImage, PointBlock, RandomCrop, RandomErasing, RandomResizedCrop, RatioResize, RegressionBlock, Resize, ResizeMethod, Rotate,
+    SegmentationDataLoaders, SigmoidRange, TensorCategory, TensorImage, ToTensor, Transform, TransformBlock, Warp, Zoom, accuracy, aug_transforms,
+    fastuple, first, foreground_acc, get_image_files, imagenet_stats, noop, parent_label, tensor)
 from fastai_bnfold.all import *
 from fastai_bnfold.deploy import deploy as D
-from fastai_bnfold.deploy.spec import steps_of, touches
+from fastai_bnfold.deploy.engines import backends
+from fastai_bnfold.deploy.serve import Deployed
+from fastai_bnfold.deploy.parity import inputs_differ
 from fastai_bnfold.fold.testing import randomize_bn
 
 def net(n_out=2, n_in=3):
@@ -115,9 +120,9 @@ def test_aug_transforms_at_any_size(folder, tmp_path, size):
 def input_err(learn):
     spec,note = D.input_spec(learn)
     assert note is None, note
-    deployed = D.Deployed.__new__(D.Deployed) # a card, but no files
+    deployed = Deployed.__new__(Deployed) # a card, but no files
     deployed.card = dict(input=spec)
-    return D.inputs_differ(learn, deployed), spec
+    return inputs_differ(learn, deployed), spec
 
 class Dimmer(Rotate):
     "Looks like fastai's, and is darker by a thousandth of a level of grey"
@@ -168,13 +173,13 @@ def test_what_touches_it_is_named(folder):
     assert '`Darker`' in D.input_spec(learn)[1]
 
 def test_a_transform_after_opening_is_named(folder):
-    dls = DataBlock((TransformBlock([PILImage.create, Darker()], batch_tfms=IntToFloatTensor), CategoryBlock), get_items=get_image_files,
+    dls = DataBlock((TransformBlock([PILImage.create, Darker()], item_tfms=ToTensor, batch_tfms=IntToFloatTensor), CategoryBlock), get_items=get_image_files,
                     get_y=parent_label, splitter=GrandparentSplitter('train','val'), item_tfms=Resize(32)).dataloaders(folder, bs=4, num_workers=0)
     assert '`Darker`' in D.input_spec(Learner(dls, net()))[1]
 
 def test_a_way_of_opening_that_is_another_is_found(folder, tmp_path):
-    def upside_down(file): return PILImage.create(file).transpose(Image.FLIP_TOP_BOTTOM)
-    dls = DataBlock((TransformBlock(upside_down, batch_tfms=IntToFloatTensor), CategoryBlock), get_items=get_image_files,
+    def upside_down(file): return PILImage.create(Image.open(file).convert('RGB').transpose(Image.FLIP_TOP_BOTTOM))
+    dls = DataBlock((TransformBlock(upside_down, item_tfms=ToTensor, batch_tfms=IntToFloatTensor), CategoryBlock), get_items=get_image_files,
                     get_y=parent_label, splitter=GrandparentSplitter('train','val'), item_tfms=Resize(32)).dataloaders(folder, bs=4, num_workers=0)
     assert 'difference' in input_err(Learner(dls, net()))[0]
 
@@ -271,7 +276,7 @@ def test_torch_loaders_with_several_inputs(tmp_path, backend):
     assert all(np.allclose(got, o, atol=1e-5) for got,o in zip(deployed(x.numpy(), y.numpy()), want))
 
 def pairs(folder):
-    def pair(file): return fastuple(PILImage.create(file), PILImage.create(file).transpose(Image.FLIP_LEFT_RIGHT))
+    def pair(file): return fastuple(PILImage.create(file), PILImage.create(file))
     return DataBlock((TransformBlock(item_tfms=ToTensor, batch_tfms=IntToFloatTensor), CategoryBlock), get_items=get_image_files, get_x=pair,
                      get_y=parent_label, splitter=GrandparentSplitter('train','val'), item_tfms=Resize(32)).dataloaders(folder, bs=4, num_workers=0)
 
@@ -286,12 +291,12 @@ def test_every_output_counts(tmp_path, monkeypatch):
     "The second one is wrong"
     loader = TorchLoader(TensorDataset(torch.randn(12,3,16,16), torch.randn(12,3,16,16), torch.randint(0,2,(12,))), 4)
     learn = Learner(DataLoaders(loader, loader), TwoInputs(), loss_func=nn.CrossEntropyLoss())
-    load = D.backends['onnx'].load
+    load = backends['onnx'].load
     def wrong(file, threads):
         run = load(file, threads)
         def second(inputs): return [run(inputs)[0], run(inputs)[1]*1.01]
         return second
-    monkeypatch.setattr(D.backends['onnx'], 'load', wrong)
+    monkeypatch.setattr(backends['onnx'], 'load', wrong)
     with pytest.raises(DeployError, match='changes the model'): learn.deploy(tmp_path/'m', 'onnx')
     assert list(tmp_path.iterdir())==[]
 

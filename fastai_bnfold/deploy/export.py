@@ -9,7 +9,8 @@ __all__ = ['Exported', 'first_line', 'plain_tensors', 'export_model', 'free_shap
 # %% ../../nbs/deploy/06_export.ipynb #d417b834
 import inspect, re, shutil, torch, warnings
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from torch import nn, Tensor
 from torch.export import Dim
 from ..errors import *
@@ -77,7 +78,9 @@ def export_model(
     "The exported program of a model, with a dynamic batch size; `DeployError` says why there can be none"
     try: shapes = _dynamic(model, args, sizes)
     except TypeError as e: raise DeployError(f"This model's `forward` does not take these inputs: {e}") from e
-    with torch.no_grad(), warnings.catch_warnings(), plain_tensors():
+    # what PyTorch prints of a failure are pages of a graph
+    quiet = redirect_stderr(StringIO())
+    with torch.no_grad(), warnings.catch_warnings(), plain_tensors(), quiet:
         warnings.simplefilter('ignore')
         try: return torch.export.export(model, args, dynamic_shapes=shapes)
         except Exception as e:

@@ -163,7 +163,7 @@ def _from_file(item, mode):
 def open_image(item, mode:str='RGB'):
     "An item as a Pillow image, as fastai's `PILImage.create` makes it"
     from PIL import Image
-    if isinstance(item, Image.Image): return item
+    if isinstance(item, Image.Image): return item if item.mode==mode else item.convert(mode)
     if hasattr(item, 'detach'): item = _from_tensor(item)
     if isinstance(item, np.ndarray): return _from_array(item, mode)
     return _from_file(item, mode)

@@ -101,7 +101,9 @@ def _bar(items, learn, dl, n):
     "A progress bar with a title, if the Learner has one"
     if not hasattr(learn, 'progress'): return items
     size = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1
-    return progress_bar(items, total=math.ceil(n/size), leave=False, comment='deployed model')
+    bar = progress_bar(items, total=math.ceil(n/size), leave=False)
+    bar.comment = 'deployed model'
+    return bar
 
 def _prediction(learn, out, tensors):
     "`tensors` in the place of those in the model's output, and of a text model's several outputs the first"
@@ -162,13 +164,17 @@ def sample_input(sample):
     return sample
 
 # %% ../../nbs/deploy/05_parity.ipynb #8eb324a8
-def _moves_nothing(tfm): return isinstance(tfm, AffineCoordTfm) and tfm.size is None
+def _moves_nothing(tfm, x):
+    "Does it resample `x` in its place? (What is more than twice as high as wide is averaged before that)"
+    height,width = x.shape[-2:]
+    return isinstance(tfm, AffineCoordTfm) and tfm.size is None and height<=2*width
 
 def _reference(dl, sample, exact):
     "What fastai makes of an item of the dataset; `exact`: without the resampling that moves nothing"
     item = compose_tfms(sample, dl.after_item.fs, split_idx=1)
     batch = to_device(dl.create_batch(dl.before_batch([item])), dl.device)
-    tfms = [tfm for tfm in dl.after_batch.fs if not exact or not _moves_nothing(tfm)]
+    x = sample_input(batch)
+    tfms = [tfm for tfm in dl.after_batch.fs if not exact or not _moves_nothing(tfm, x)]
     return sample_input(tuple(compose_tfms(batch, tfms, split_idx=1))).cpu()
 
 def _image_errs(dl, samples, made, exact):
@@ -209,10 +215,10 @@ def resampling_err(
 ) -> float:
     "What fastai's resampling may change by rounding, over the largest magnitude; 0 if it resamples nothing"
     resamplers = [tfm for tfm in dl.after_batch.fs if isinstance(tfm, (AffineCoordTfm, RandomResizedCropGPU))]
-    if exact: resamplers = [tfm for tfm in resamplers if not _moves_nothing(tfm)]
     if not resamplers: return 0.
-    item = compose_tfms(sample, dl.after_item.fs, split_idx=1)
-    return max(sample_input(item).shape[-2:])*2**-22
+    x = sample_input(compose_tfms(sample, dl.after_item.fs, split_idx=1))
+    if exact and all(_moves_nothing(tfm, x) for tfm in resamplers): return 0.
+    return max(x.shape[-2:])*2**-22
 
 def _allowance(learn, deployed, dl, exact):
     if deployed.card['input']['kind']!='image': return 0.
