@@ -6,10 +6,10 @@ from torch import nn
 from torch.utils.data import DataLoader as TorchLoader, TensorDataset
 from fastai.collab import CollabDataLoaders, collab_learner
 from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
-from fastai.vision.all import (AddMaskCodes, CategoryBlock, CropPad, CrossEntropyLossFlat, DataBlock, DataLoaders, DihedralItem,
-    DynamicUnet, FlipItem, GrandparentSplitter, ImageBlock, ImageDataLoaders, IndexSplitter, IntToFloatTensor, Learner, MultiCategoryBlock, Normalize,
-    PadMode, PILImage, PointBlock, RandomCrop, RandomErasing, RandomResizedCrop, RatioResize, RegressionBlock, Resize, ResizeMethod, Rotate,
-    SegmentationDataLoaders, SigmoidRange, TensorCategory, TensorImage, ToTensor, Transform, TransformBlock, Warp, Zoom, accuracy, aug_transforms,
+from fastai.vision.all import (AddMaskCodes, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, 
+    DynamicUnet, GrandparentSplitter, ImageBlock, IndexSplitter, IntToFloatTensor, Learner, MultiCategoryBlock, Normalize,
+    PILImage, PointBlock, RatioResize, RegressionBlock, Resize, ResizeMethod, Rotate,
+    SegmentationDataLoaders, SigmoidRange, TensorCategory, TensorImage, ToTensor, Transform, TransformBlock, accuracy, aug_transforms,
     fastuple, first, foreground_acc, get_image_files, imagenet_stats, noop, parent_label, tensor)
 from fastai_bnfold.all import *
 from fastai_bnfold.deploy import deploy as D
@@ -17,89 +17,10 @@ from fastai_bnfold.deploy.engines import backends
 from fastai_bnfold.deploy.serve import Deployed
 from fastai_bnfold.deploy.parity import inputs_differ
 from fastai_bnfold.fold.testing import randomize_bn
-
-def net(n_out=2, n_in=3):
-    return randomize_bn(nn.Sequential(nn.Conv2d(n_in,8,3,2), nn.BatchNorm2d(8), nn.ReLU(),
-                                      nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,n_out))).eval()
-
-def smooth(rng, width, height, mode='RGB'):
-    "Noise enlarged, so that neighbours are alike, as in a photograph"
-    small = rng.integers(0, 256, (max(height//4,1), max(width//4,1), 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width,height), Image.BICUBIC).convert(mode)
+from odd_images import class_folder, differs, image_learner, imagenet, net, odd_files, pipelines, said, smooth
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    "16 images, in two classes"
-    where,rng = tmp_path_factory.mktemp('images'),np.random.default_rng(0)
-    for i in range(16):
-        file = where/('train' if i<8 else 'val')/'ab'[i%2]/f'{i}.png'
-        file.parent.mkdir(parents=True, exist_ok=True)
-        smooth(rng, *((100,80) if i%3 else (70,90))).save(file)
-    return where
-
-def odd_files(where):
-    "Name → file: modes, formats and shapes that a web service meets"
-    rng = np.random.default_rng(1)
-    where.mkdir(exist_ok=True)
-    im,files = smooth(rng, 90, 70),{}
-    def save(name, image, **kw):
-        image.save(where/name, **kw)
-        files[name] = where/name
-    for mode in ('1','L','LA','RGBA'): save(f'{mode}.png', im.convert(mode))
-    save('P.png', im.convert('P', palette=Image.ADAPTIVE))
-    save('P transparent.png', im.convert('P', palette=Image.ADAPTIVE), transparency=3)
-    save('I16.png', Image.fromarray((np.asarray(im.convert('L')).astype(np.uint16)*257)))
-    save('CMYK.jpg', im.convert('CMYK'))
-    for orientation in (2,3,5,6,8):
-        exif = Image.Exif()
-        exif[274] = orientation
-        save(f'exif {orientation}.jpg', im, exif=exif)
-    save('progressive.jpg', im, progressive=True)
-    for ending in ('gif','bmp','webp','tiff','ppm'): save(f'RGB.{ending}', im)
-    save('RGBA.webp', im.convert('RGBA'))
-    for width,height in ((1,1), (3,200), (400,5), (701,203)): save(f'{width}×{height}.png', smooth(rng, width, height))
-    return files
-
-imagenet = Normalize.from_stats(*imagenet_stats, cuda=False)
-def pipelines(size):
-    "Name → item and batch transforms"
-    wide = (size, size*3//2)
-    return {
-        'crop, aug_transforms': (Resize(size), [*aug_transforms(), imagenet]),
-        'squish': (Resize(wide, ResizeMethod.Squish), [imagenet]),
-        'pad, reflection': (Resize(wide, ResizeMethod.Pad), [imagenet]),
-        'pad, zeros': (Resize(size, ResizeMethod.Pad, pad_mode=PadMode.Zeros), [*aug_transforms(pad_mode=PadMode.Zeros), RandomErasing()]),
-        'RandomResizedCrop': ([RandomResizedCrop(size), FlipItem()], [imagenet]),
-        'CropPad': (CropPad(wide, pad_mode=PadMode.Border), [Rotate(), Zoom(), Warp(), imagenet]),
-        'RandomCrop': ([Resize(size+20), RandomCrop(size), DihedralItem()], [imagenet]),
-        'presized': (Resize(size+40), [*aug_transforms(size=size), imagenet])}
-
-def image_learner(folder, item_tfms, batch_tfms):
-    dls = ImageDataLoaders.from_folder(folder, train='train', valid='val', item_tfms=item_tfms, batch_tfms=batch_tfms, bs=4, num_workers=0)
-    return Learner(dls, net(), metrics=accuracy)
-
-def said(learn, item):
-    "What `learn.predict` says; None where fastai itself fails"
-    try:
-        with learn.no_bar(), learn.no_logging(): return learn.predict(item)
-    except Exception: return None
-
-def forms(file):
-    "The same image as a path, as bytes, and opened"
-    with Image.open(file) as im: im.load()
-    return file, file.read_bytes(), im
-
-def differs(learn, deployed, file, tol=1e-5):
-    "In words, how the predictions of a file differ; None if they do not"
-    want = said(learn, file)
-    for item in forms(file):
-        try: got = deployed.predict(item)
-        except DeployError as e: got = e
-        failed = isinstance(got, DeployError)
-        if want is None and failed: continue
-        if want is None or failed: return f'{type(item).__name__}: {want} {got}'
-        err = np.abs(np.asarray(want[2])-got.probs).max()
-        if want[0]!=got.label or not err<=tol: return f'{type(item).__name__}: {want[0]} {got.label}, {err:.1e}'
+def folder(tmp_path_factory): return class_folder(tmp_path_factory.mktemp('images'))
 
 @pytest.mark.parametrize('name', pipelines(64))
 def test_odd_files(folder, tmp_path, name):
