@@ -1,10 +1,11 @@
-import copy, os
+import copy, os, sys
 from pathlib import Path
 import pytest, torch
 from fastai_bnfold.fold.verify import max_err
 from fastai_bnfold.fold.inputs import run
 
 os.environ.setdefault('MPLBACKEND', 'agg')
+sys.modules.setdefault('openvino_telemetry', None) # "missing": OpenVINO's sender forks the process of the tests, threads and all
 if 'PYTEST_XDIST_WORKER' in os.environ: # one thread for each worker, and for what it starts
     os.environ['OMP_NUM_THREADS'] = '1'; torch.set_num_threads(1)
 
