@@ -10,7 +10,6 @@ import math, numpy as np, torch
 from datetime import date, datetime
 from functools import singledispatch
 from numbers import Integral, Real
-from pathlib import Path
 from types import MethodType
 from plum import NotFoundLookupError
 from torch import nn, Tensor
@@ -24,6 +23,7 @@ from fastai.vision.augment import (AffineCoordTfm, CropPad, RandomCrop, RandomRe
                                    RandTransform, RatioResize, Resize)
 from fastai.vision.core import PILBase, PILMask, PointScaler
 from ..errors import *
+from .batches import sample_input
 from .items import category_key
 from ..fold.inputs import same_random, tensors_of
 
@@ -168,8 +168,6 @@ def table_spec(dls) -> dict:
     return dict(kind='table', cats=cats, conts=conts)
 
 # %% ../../nbs/deploy/03_spec.ipynb #ea151dbe
-_openable = (str, Path, bytes)
-
 def _followed(tfms, x):
     "The steps of `tfms`, one after another, and what they make of `x`"
     steps = []
@@ -182,8 +180,7 @@ def _opens(tfm): return tfm.name==PILBase.create.__qualname__
 
 def _opened(dataset):
     "The first image as its class opens it, and the transforms that come after that in a `Datasets`"
-    x = dataset[0]
-    while isinstance(x, tuple): x = x[0]
+    x = sample_input(dataset[0])
     if not hasattr(dataset, 'tls'): return x,[]
     lists = dataset.tls[0]
     made = lists.items.iloc[0] if hasattr(lists.items, 'iloc') else lists.items[0]

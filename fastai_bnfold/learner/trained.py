@@ -11,6 +11,7 @@ from itertools import chain
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..errors import *
+from .kept import restore_table
 
 # %% ../../nbs/learner/02a_trained.ipynb #8aaf0052
 _as_ints = {1:torch.uint8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
@@ -67,8 +68,7 @@ def check(self:Trained):
 def _put_back(references):
     for module,name,kept in references:
         table = vars(module)[name]
-        table.update(kept)
-        for key in [key for key in table if key not in kept]: del table[key]
+        restore_table(table, kept)
         for key in kept: table[key] = table.pop(key) # in their order
 
 def _all_same(values):
