@@ -4,17 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-# they fork, and start servers: in a process in which no other test has left threads
-ALONE  := tests/test_threads.py tests/test_server.py
-
 .PHONY: demo test nbs run-nbs clean
 
 demo: $(READY)
 	$(BIN)/bnfold reproduce --data digits --out out/digits
 
 test: $(READY)
-	$(BIN)/python -m pytest tests $(ALONE:%=--ignore=%)
-	$(BIN)/python -m pytest -n 0 $(ALONE)
+	$(BIN)/python -m pytest tests
 
 # notebooks → package, and their metadata cleaned
 nbs: $(READY)

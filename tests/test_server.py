@@ -1,19 +1,23 @@
 "The example server, started on localhost: real uploads, in parallel"
-import importlib.util, threading, time
+import io, os, socket, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import numpy as np, pytest
+import numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
 from fastai.vision.all import DataBlock, CategoryBlock, ImageBlock, IndexSplitter, Learner, Resize
 from fastai_bnfold.all import *
 from fastai_bnfold.fold.testing import randomize_bn
 httpx = pytest.importorskip('httpx')
-for needed in ('starlette','python_multipart'): pytest.importorskip(needed)
-uvicorn = pytest.importorskip('uvicorn')
+for needed in ('starlette','uvicorn','python_multipart'): pytest.importorskip(needed)
 
 root = Path(__file__).parent.parent
 rng = np.random.default_rng(0)
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 @pytest.fixture(scope='module')
 def deployed(tmp_path_factory):
@@ -25,19 +29,22 @@ def deployed(tmp_path_factory):
     learn = Learner(dls, randomize_bn(net))
     with learn.no_bar(): return learn.deploy(folder/'m', 'eager'), sorted(folder.glob('*.png'))
 
+def answers(url):
+    try: return httpx.get(url).status_code==200
+    except httpx.TransportError: return False
+
 @pytest.fixture(scope='module')
 def url(deployed):
-    spec = importlib.util.spec_from_file_location('server', root/'examples'/'server.py')
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    server = uvicorn.Server(uvicorn.Config(module.make_app(deployed[0]), port=0, log_level='warning'))
-    thread,end = threading.Thread(target=server.run),time.time()+60
-    thread.start()
-    while not server.started:
-        assert thread.is_alive() and time.time()<end
-        time.sleep(.05)
-    yield f'http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}'
-    server.should_exit = True
-    thread.join(20)
+    port = free_port()
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')])}
+    p = subprocess.Popen([sys.executable, root/'examples'/'server.py', deployed[0].path, '--port', str(port)], env=env, stderr=subprocess.PIPE, text=True)
+    url,end = f'http://127.0.0.1:{port}',time.time()+60
+    while not answers(url):
+        assert p.poll() is None and time.time()<end, p.stderr.read() if p.poll() is not None else 'too slow'
+        time.sleep(.1)
+    yield url
+    p.terminate()
+    p.wait(20)
 
 def upload(url, files):
     "What the server says of the files"
