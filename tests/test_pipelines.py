@@ -144,7 +144,7 @@ def test_text_classifier(tmp_path):
     "fastai's LSTM cuts its batch by the number of sentences that are long enough: no exported program does"
     rng = np.random.default_rng(0)
     texts = [' '.join(rng.choice(['good','bad','film'], rng.integers(3,20))) for _ in range(24)]
-    dls = TextDataLoaders.from_df(pd.DataFrame(dict(text=texts, label=[0,1]*12)), text_col='text', label_col='label', bs=4, num_workers=0)
+    dls = TextDataLoaders.from_df(pd.DataFrame(dict(text=texts, label=[0,1]*12)), text_col='text', label_col='label', bs=4)
     learn = text_classifier_learner(dls, AWD_LSTM, pretrained=False, config=awd_lstm_clas_config|dict(n_hid=8, emb_sz=8, n_layers=2), metrics=accuracy)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert learn.fold_bn(latency=0, validate=False).n_folded==2

@@ -105,3 +105,24 @@ def test_openvino_sends_nothing(deployed):
     if deployed.card['backend']!='openvino': pytest.skip('of OpenVINO')
     code = "import sys; from fastai_bnfold.deploy.serve import Deployed; Deployed(sys.argv[1]); print([m for m in sys.modules if 'openvino_telemetry' in m])"
     assert subprocess.run([sys.executable, '-c', code, deployed.path], capture_output=True, text=True).stdout.strip()=='[]'
+
+signalled = """
+import faulthandler, os, signal, sys
+if sys.argv[2]=='on': faulthandler.enable()
+from fastai_bnfold.deploy.engines import signal_stack
+from fastai_bnfold.deploy.serve import Deployed
+before = bytes(signal_stack())
+m = Deployed(sys.argv[1])
+assert bytes(signal_stack())==before
+seen = []
+signal.signal(signal.SIGCHLD, lambda *args: seen.append(1))
+if not os.fork(): os._exit(0)
+os.wait()
+assert seen
+"""
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='stacks for signal handlers as Linux has them')
+@pytest.mark.parametrize('faults', ['on','off'])
+def test_signals_are_handled(deployed, faults):
+    "OpenVINO leaves a stack for signal handlers behind whose memory it freed: the next signal ended the process"
+    p = subprocess.run([sys.executable, '-c', signalled, deployed.path, faults], capture_output=True, text=True, timeout=120)
+    assert p.returncode==0, f'{p.returncode}: {p.stderr[-500:]}'
