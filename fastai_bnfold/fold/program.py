@@ -291,6 +291,12 @@ def _one_fake_mode():
     "The tracer notes shapes as fake tensors, and makes a mode for each, unless it finds one: half of its time"
     return tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
 
+def _cannot_trace(error) -> TraceError:
+    if 'HigherOrderOp' in type(error).__name__: return TraceError(
+        "The model calls an operator that runs functions (`torch.cond`, `while_loop`, …), and these read its parameters, which PyTorch's tracer cannot follow. "
+        "Fold an export of it: `BNFolder().fold_graph(torch.export.export(model, args))`.")
+    return TraceError(f"The model does not run under the tracer: {type(error).__name__}: {error}")
+
 def program_of(
     model:nn.Module,
     args:tuple,          # Positional arguments
@@ -308,7 +314,7 @@ def program_of(
         return seen['out']+seen['kept']
     with evaluating(model), uncompiled(model), nullcontext() if inplace else out_of_place(model), calls.recording(), _one_fake_mode():
         try: gm = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)(*map(torch.clone, inputs))
-        except Exception as e: raise TraceError(f"The model does not run under the tracer: {type(e).__name__}: {e}") from e
+        except Exception as e: raise _cannot_trace(e) from e
     nodes = list(gm.graph.nodes)
     results = tree_flatten(nodes[-1].args)[0]
     if not all(isinstance(o, Node) for o in results):

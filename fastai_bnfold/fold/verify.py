@@ -273,11 +273,12 @@ _layout = {f'aten::{name}' for name in ('clone','contiguous','view','_unsafe_vie
 
 class _Recorder(TorchDispatchMode):
     "Writes down operators, and calls of modules"
+    supports_higher_order_operators = True # those that run graphs, as one
     def __init__(self, paths):
         super().__init__()
         self.paths,self.stack,self.events,self.counts = paths,[''],[],{}
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.rstrip('_')
+        name = func._schema.name.rstrip('_') if hasattr(func, '_schema') else func.name()
         if name not in _layout: self.events.append((self.stack[-1], name))
         return func(*args, **(kwargs or {}))
     def enter(self, module, _):
