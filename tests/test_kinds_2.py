@@ -66,3 +66,20 @@ def test_cond_beside_bns_that_go(branch):
 
 def test_what_the_tracer_cannot_follow_is_said():
     with pytest.raises(TraceError, match='torch.cond.*fold_graph'): BNFolder().fold(Net(inner['cond'], c=conv(), b=bn()), x)
+
+# --- what a fold costs -----------------------------------------------------------------------------
+
+from fastai_bnfold.fold.verify import ways_to_resize
+
+@pytest.mark.parametrize('size,most', [(224,.35), (8,1.)])
+def test_other_sizes_of_large_images_are_small(size, most):
+    "But in both directions, and odd"
+    image = torch.zeros(1,3,size,size)
+    tried = [change((image,))[0].shape[2:] for change in ways_to_resize((image,))[0]]
+    assert all(h*w<=most*size**2 and h%2 and w%2 for h,w in tried)
+    assert tried[0]==tried[1][::-1] and min(tried[0])<size<max(tried[0])
+
+def test_a_network_that_wants_large_images_is_tried_at_half_the_size():
+    net = Net(lambda m,x: m.b(m.c(F.max_pool2d(x, 70))), c=conv(k=1), b=bn())
+    folder = BNFolder(); folder.fold(net, torch.randn(1,3,224,224).double())
+    assert folder.report.n_folded==1 and any('a size that differs the other way' in line for line in folder.report.proved)

@@ -70,7 +70,9 @@ def _positions(node, view):
     kernel = view.shape(args['weight'])[2:]
     n = len(kernel)
     def each(name): return (list(args[name])*n)[:n]
-    return [dilation*(size-1)+1+2*step for size,step,dilation in zip(kernel, each('stride'), each('dilation'))]
+    padding = each('padding') if not isinstance(args['padding'], str) else [0]*n
+    more = [max(0, step-2*pad) for step,pad in zip(each('stride'), padding)] # (of padding there comes more than one output)
+    return [dilation*(size-1)+1+extra for size,dilation,extra in zip(kernel, each('dilation'), more)]
 
 _alike = {*bn_ops, *ops('relu','relu6','hardtanh','clamp','clamp_min','clamp_max','leaky_relu','abs','sigmoid', # every position alone
     'add','sub','rsub','mul','div','cat', # and of several values the same
@@ -94,7 +96,7 @@ class LocalProof(torch.fx.Interpreter):
         self.claims,self.between = claims_of(steps)
         self.errors,self.unchecked,self.carried,self.parameters = {},{},{},{}
         self.edits = edits_of(steps, state.gone)
-        self.exact,self.bias = {},{}
+        self.original,self.exact,self.bias = {},{},{}
         self.by_node = {}
         for weight,edits in self.edits.items():
             for edit in edits: self.by_node |= dict.fromkeys(edit.nodes, weight)
@@ -134,7 +136,8 @@ def _sample(self:LocalProof, node, value):
     cut = value
     if few is not None and self._is_by_channel(node, 1): cut = value[(slice(1), slice(None), *(slice(n) for n in few))]
     elif value.ndim>2 and _is_alike(node, self.program) and self._is_by_channel(node, 1):
-        cut = value[(slice(1), slice(None), *[slice(8)]*(value.ndim-2))]
+        n = 8 if 'pool' in op_name(node) else 4
+        cut = value[(slice(1), slice(None), *[slice(n)]*(value.ndim-2))]
     elif op_name(node)=='linear' and self._is_by_channel(node, value.ndim-1): cut = value.reshape(-1, value.shape[-1])[:8]
     x = cut.detach().cpu().to(torch.float64, copy=True)
     return x if cut is value else torch.cat([x, _noise_like(x, self.generator)])
@@ -154,7 +157,9 @@ def _is_by_channel(self:LocalProof, node, dim):
 def _pair(self:LocalProof, node, i):
     "The input `i` of `node`, unfolded and folded"
     if i in self.carried: return self.carried[i]
-    if self.program.is_const(i): return self.was.const(i), self._const(node, i)
+    if self.program.is_const(i):
+        folded = self._const(node, i)
+        return self._original(i), folded
     x = self._sample(node, self.env[i])
     claim = self.claims.get(i)
     if claim is None or not isinstance(x, Tensor): return x, _copied(x)
@@ -174,13 +179,25 @@ def _const(self:LocalProof, node, i):
     "The constant `i`, folded: exact, and stored for later"
     weight = self.by_node.get(node) or self.by_node.get(i)
     if weight and weight not in self.parameters: self._store(weight)
-    tensor = self.program.tensor(i)
-    name = self.program.name_of(tensor) if tensor is not None else None
+    name = self._name(i)
     return self.exact[name] if name in self.exact else self.becomes.const(i)
 
 @patch
+def _original(self:LocalProof, i):
+    "The constant `i`, unfolded"
+    name = self._name(i)
+    return self.original[name] if name in self.original else self.was.const(i)
+
+@patch
+def _name(self:LocalProof, i):
+    tensor = self.program.tensor(i)
+    return None if tensor is None else self.program.name_of(tensor)
+
+@patch
 def _store(self:LocalProof, weight):
-    self.exact = exact_parameters(self.program, self.edits[weight]) # (of one layer at a time: it is large)
+    edits = self.edits[weight] # (of one layer at a time: it is large)
+    self.original = original_parameters(self.program, edits)
+    self.exact = exact_parameters(self.program, edits, self.original)
     self.parameters[weight] = store(self.program, self.exact)
     for name,x in self.exact.items(): _check_rounding(name, x, self.parameters[weight][name].detach())
     absorber = self.edits[weight][0].absorber
@@ -386,6 +403,7 @@ def another_length(x):
 
 # %% ../../nbs/fold/10_verify.ipynb #e864ab18
 def _smaller(size): return max(1, (size//2-1)//2*2+1) # odd: what halves it rounds
+def _much_smaller(size): return _smaller(size//2 if size>=128 else size) # (a large one costs time)
 def _larger(size): return (int(1.2*size)+1)//2*2+1
 def _less(size): return size-32 if size>64 else size+64
 def _more(size): return size+32
@@ -408,7 +426,8 @@ def ways_to_resize(args:tuple) -> list:
     ways = []
     def add(dims, changes): ways.append(tuple(partial(_resized, dims=dims, changes=c) for c in (changes, changes[::-1])))
     if any(map(_behind_channels, tensors)):
-        add(_behind_channels, (_smaller, _larger))
+        add(_behind_channels, (_much_smaller, _larger))
+        if any(max(o.shape[2:], default=0)>=128 for o in tensors): add(_behind_channels, (_smaller, _larger))
         add(_behind_channels, (_less, _more))
         if any(len(_behind_channels(o))>1 for o in tensors): add(_behind_channels, (_more, _more))
     if any(map(_before_features, tensors)): add(_before_features, (_smaller, _larger))
