@@ -9,6 +9,7 @@ __all__ = ['program_and_run', 'Evidence', 'in_words', 'dummy_batch', 'BNFolder',
 import copy, torch
 from contextlib import contextmanager
 from torch import nn, Tensor
+from torch.nn.parameter import is_lazy
 from ..errors import *
 from .affine import *
 from .inputs import *
@@ -26,6 +27,8 @@ def _check_model(model):
     empty = [name for name,t in model.state_dict(keep_vars=True).items() if getattr(t, 'is_meta', False)]
     if empty: raise FoldError(f"{len(empty)} tensors of the model (`{empty[0]}`, …) are on the meta device: they have no numbers to fold. "
         "Load the weights first (`model.to_empty(device='cpu')`, then `load_state_dict`).")
+    lazy = [name for name,t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)]
+    if lazy: raise FoldError(f"{len(lazy)} tensors of the model (`{lazy[0]}`, …) have no shape yet: it has lazy modules. Run it once on a batch, then load its weights, or train it.")
 
 def _in_training(model):
     on = [path for path,m in model.named_modules() if m.training and isinstance(m, nn.modules.dropout._DropoutNd)]

@@ -72,10 +72,14 @@ def _move(gm, node, inner):
     setattr(gm, name, value)
     node.target = name
 
+def _has_effects(node):
+    "Must `node` stay, though nobody reads it? It writes, checks, or begins a `vmap`"
+    return node.is_impure() or 'functorch' in getattr(node.target, '__module__', '')
+
 def inline(gm:GraphModule):
     "Put what operators run as a whole, `with torch.no_grad()`, say, among the other operations, where that computes the same"
     while (node := next(filter(_only_wraps, gm.graph.nodes), None)) is not None: _inline(gm, node)
-    gm.graph.eliminate_dead_code()
+    gm.graph.eliminate_dead_code(_has_effects)
     gm.recompile()
 
 class Lifted:
@@ -139,10 +143,18 @@ def program(self:Lifted, flat:tuple) -> Program:
 @patch
 def clean_up(self:Lifted):
     "Take out what nobody reads"
-    self.graph.eliminate_dead_code()
+    self.graph.eliminate_dead_code(_has_effects)
     for node in [node for node in self.tensors if not node.users]:
         self.graph.erase_node(node)
         del self.tensors[node]; del self.specs[node]
+
+def _copies_of_buffers(lifted) -> dict:
+    "Node → tensor; buffers are copies: a program that writes into one must not change another program"
+    copies,own = {},{}
+    for node,tensor in lifted.tensors.items():
+        if lifted.specs[node].kind is InputKind.PARAMETER: own[node] = tensor
+        else: own[node] = copies.setdefault(id(tensor), tensor.clone())
+    return own
 
 @patch
 def exported(self:Lifted) -> ExportedProgram:
@@ -154,8 +166,10 @@ def exported(self:Lifted) -> ExportedProgram:
     outputs = tree_flatten(next(iter(reversed(self.graph.nodes))).args)[0]
     old = ep.graph_signature.output_specs
     named = [_named(spec, node) for spec,node in zip(old, outputs)]
-    state = {spec.target: self.tensors[node] for node,spec in self.specs.items() if spec.kind in _stored_kinds[:2] and spec.persistent is not False}
+    own = _copies_of_buffers(self)
+    state = {spec.target: own[node] for node,spec in self.specs.items() if spec.kind in _stored_kinds[:2] and spec.persistent is not False}
     constants = {k: v for k,v in ep.constants.items() if k not in ep.state_dict}
+    constants |= {spec.target: own[node] for node,spec in self.specs.items() if spec.target in constants and node in own}
     new = ExportedProgram(self.gm, self.graph, ExportGraphSignature(specs, named), state, ep.range_constraints, ep.module_call_graph,
         ep.example_inputs, constants, verifiers=ep.verifiers)
     if hasattr(ep, '_guards_code'): new._guards_code = ep._guards_code

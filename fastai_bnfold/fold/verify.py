@@ -15,6 +15,7 @@ from functools import partial
 from torch import nn, Tensor, inf
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import *
 from .affine import *
@@ -274,7 +275,9 @@ def steps_at(steps, program) -> dict:
 def prove_locally(program:Program, steps:list, state:State) -> LocalProof:
     "The proof, run; `outputs` are those of the graph"
     proof = LocalProof(program, steps, state)
-    with torch.no_grad(), same_random(): results = tensors_of(proof.run(*map(own_copy, program.inputs), enable_io_processing=False))
+    with torch.no_grad(), same_random():
+        try: results = tensors_of(proof.run(*map(own_copy, program.inputs), enable_io_processing=False))
+        except RuntimeError as e: raise cannot_run_again(e) from e
     proof.outputs = results[:len(program.outputs)] # (after them: what somebody keeps)
     proof.largest = max(proof.errors.values(), default=0.)
     proof.wrong = {}
@@ -291,13 +294,23 @@ _layout = {f'aten::{name}' for name in ('clone','contiguous','view','_unsafe_vie
 class _Recorder(TorchDispatchMode):
     "Writes down operators, and calls of modules"
     supports_higher_order_operators = True # those that run graphs, as one
-    def __init__(self, paths):
+    def __init__(self, paths, parameters):
         super().__init__()
         self.paths,self.stack,self.events,self.counts = paths,[''],[],{}
+        self.parameters,self.written = {_memory(p): (name, p) for name,p in parameters},{}
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if getattr(getattr(func, '_schema', None), 'is_mutable', False): self.keep(func, args)
         name = func._schema.name.rstrip('_') if hasattr(func, '_schema') else func.name()
         if name not in _layout: self.events.append((self.stack[-1], name))
         return func(*args, **(kwargs or {}))
+    def keep(self, func, args):
+        "Copy the parameters into which `func` is about to write"
+        written = [o for o,arg in zip(args, func._schema.arguments) if arg.is_write]
+        for o in tensors_of(written):
+            name,p = self.parameters.get(_memory(o), ('', None))
+            if p is not None and name not in self.written: self.written[name] = p, p.detach().clone()
+    def put_back(self):
+        for p,numbers in self.written.values(): write_back(p, numbers)
     def enter(self, module, _):
         path = self.paths.get(module, self.stack[-1])
         self.stack.append(path)
@@ -314,6 +327,10 @@ def _hooked(recorder):
         handles.append(register.register_module_forward_hook(recorder.leave, always_call=True))
         with recorder: yield
 
+def _memory(x):
+    "Where the numbers of a tensor lie; None for layouts of another kind"
+    return x.untyped_storage().data_ptr() or None if x.layout==torch.strided and not is_lazy(x) else None
+
 @dataclass
 class Recorded:
     "A run: its outputs, and what ran"
@@ -325,11 +342,14 @@ class Recorded:
 def record(model:nn.Module, args:tuple, removed:dict=None) -> Recorded:
     "Run `model`, and write down what runs; `removed`: modules that should not run any more, and their paths"
     removed = {module: f'{path} (removed)' for module,path in (removed or {}).items()}
-    recorder,also = _Recorder(paths_of(model) | removed),tuple(removed)
-    with evaluating(model, also), uncompiled(model):
+    recorder,also = _Recorder(paths_of(model) | removed, model.named_parameters()),tuple(removed)
+    with evaluating(model, also), uncompiled(model), surely(recorder.put_back):
         try:
             with _hooked(recorder): out = model(*fresh(args))
         except Exception as e: raise cannot_run(args, e) from e
+        if recorder.written: raise TraceError(
+            f"`forward` writes into its own parameter `{next(iter(recorder.written))}` (as an `nn.Embedding` with `max_norm` does), so that each run changes the next. "
+            "Expected: a model whose parameters stay as they are at test time. Nothing was folded.")
         return Recorded(values_of(out), out, recorder.events, recorder.counts)
 
 # %% ../../nbs/fold/10_verify.ipynb #f85291a8
@@ -465,7 +485,11 @@ def tolerance(tensors:list, n_folded:int) -> float:
 # %% ../../nbs/fold/10_verify.ipynb #cb8a9149
 _words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-def _flip_last_bits(p): return p.detach().view(_words[p.element_size()]).bitwise_xor_(1)
+def _flip_last_bits(p):
+    numbers = p.detach()
+    for dim,step in enumerate(p.stride()):
+        if step==0 and p.shape[dim]: numbers = numbers.narrow(dim, 0, 1) # expanded: one number in memory
+    return numbers.view(_words[p.element_size()]).bitwise_xor_(1)
 
 def amplification(model:nn.Module, batches:list) -> float:
     """How far the outputs move if each parameter moves by one rounding; `batches`: pairs of arguments and outputs; 0 where that cannot be measured.
