@@ -9,6 +9,7 @@ __all__ = ['program_and_run', 'Evidence', 'in_words', 'dummy_batch', 'BNFolder',
 import copy, torch
 from contextlib import contextmanager
 from torch import nn, Tensor
+from torch.nn.parameter import is_lazy
 from ..errors import *
 from .affine import *
 from .inputs import *
@@ -26,6 +27,8 @@ def _check_model(model):
     empty = [name for name,t in model.state_dict(keep_vars=True).items() if getattr(t, 'is_meta', False)]
     if empty: raise FoldError(f"{len(empty)} tensors of the model (`{empty[0]}`, …) are on the meta device: they have no numbers to fold. "
         "Load the weights first (`model.to_empty(device='cpu')`, then `load_state_dict`).")
+    lazy = [name for name,t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)]
+    if lazy: raise FoldError(f"{len(lazy)} tensors of the model (`{lazy[0]}`, …) have no shape yet: it has lazy modules. Run it once on a batch, then load its weights, or train it.")
 
 def _in_training(model):
     on = [path for path,m in model.named_modules() if m.training and isinstance(m, nn.modules.dropout._DropoutNd)]
@@ -207,7 +210,7 @@ class Fold:
     def __init__(self, folder, model, args, target=None):
         self.folder,self.model,self.args,self.target = folder,model,args,target
         self.swaps,self.without,self.n_searched = Swaps(),{},0
-        self.proof,self.evidence,self.own,self.computed = None,None,None,computed_layers(model)
+        self.proof,self.evidence,self.own,self.computed = None,None,{},computed_layers(model)
         self.program,self.example = self.trace()
         self.looks = list(dict.fromkeys(map(self.program.where, self.program.looks())))
 
@@ -298,14 +301,15 @@ def _is_close(self:Fold):
     err = self.evidence.allowed_at
     tensors = [o for recorded in self.evidence.before.values() for o in recorded.values]
     if err<=tolerance([*tensors, *self._stored().values()], len(self.plan.steps)): return True
-    if self.own is None: self.own = self._own_amplification()
-    return err<=4*self.own
+    kind = self._worst()
+    if kind not in self.own: self.own[kind] = self._own_amplification(kind)
+    return err<=4*self.own[kind]
 
 @patch
-def _own_amplification(self:Fold):
-    "How far the outputs of the unfolded model move if its weights move by one rounding"
+def _own_amplification(self:Fold, kind):
+    "How far the outputs of the unfolded model move, on this input, if its weights move by one rounding"
     self.swaps.undo()
-    with surely(self.swaps.redo): return amplification(self.model, [(self.args, self.example.values)])
+    with surely(self.swaps.redo): return amplification(self.model, [(self.evidence.inputs[kind], self.evidence.before[kind].values)])
 
 @patch
 def _search_for_wrong(self:Fold, steps):
@@ -326,7 +330,10 @@ def _search_for_wrong(self:Fold, steps):
     return {path: f"the fold could not be proved: {why}. Its `forward`, or that of a layer beside it, does something that the traced operations do not show"}
 
 @patch
-def _worst(self:Fold): return max(self.evidence.channel_errors, key=self.evidence.channel_errors.get, default='the example')
+def _worst(self:Fold):
+    "The kind of input for which the outputs are furthest apart"
+    if not self.evidence: return None
+    return max(self.evidence.channel_errors, key=self.evidence.channel_errors.get, default='the example')
 
 @patch
 def _is_right(self:Fold, steps):
@@ -359,8 +366,9 @@ def _caveats(self:Fold) -> list:
     if not self.folder.verify: notes.append('Not verified (`verify=False`): a fold that is wrong goes unnoticed.')
     elif not self._verifiable(): notes.append('Not verified: the batch is empty.')
     elif not self.example.values: notes.append("The model's output holds no numbers: the outputs could not be compared (each fold was proved alone).")
-    if self.own is not None and self.proof: notes.append(
-        f"This network amplifies rounding: its outputs move by {self.own:.1e} if each of its weights moves by one rounding. "
+    own = self.own.get(self._worst()) if self.proof else None
+    if own is not None: notes.append(
+        f"This network amplifies rounding: its outputs move by {own:.1e} if each of its weights moves by one rounding. "
         f"Folded, they are {self.evidence.allowed_at:.1e} apart, though every fold was proved (largest error {self.proof.largest:.1e}).")
     if self.proof and self.proof.unchecked: notes.append(f"Could not be computed in float64: {', '.join(map(self.program.where, list(self.proof.unchecked)[:3]))}.")
     return notes

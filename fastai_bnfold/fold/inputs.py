@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['map_tensors', 'plain', 'fresh', 'first_items', 'as_args', 'leaves', 'tensors_of', 'values_of', 'describe',
-           'constants_in', 'check_dense', 'same_random', 'surely', 'hooks', 'dotted', 'paths_of', 'evaluating',
-           'uncompiled', 'cannot_run', 'run']
+           'constants_in', 'check_dense', 'same_random', 'surely', 'hooks', 'write_back', 'dotted', 'paths_of',
+           'evaluating', 'uncompiled', 'cannot_run', 'run']
 
 # %% ../../nbs/fold/02_inputs.ipynb #5082ad9f
 import copy, random, torch, warnings
@@ -88,15 +88,20 @@ def leaves(x, _seen=None):
     seen.add(id(x))
     for o in inside: yield from leaves(o, seen)
 
+def _dense(o:Tensor) -> Tensor:
+    "A tensor as a plain one, whose numbers all lie in memory"
+    if o.layout!=torch.strided and not o.is_nested: return o.to_dense()
+    return o if type(o) is Tensor else o.as_subclass(Tensor)
+
 def tensors_of(out) -> list:
     "All tensors in a model's output, whatever structure holds them"
-    return [o.as_subclass(Tensor) if type(o) is not Tensor else o for o in leaves(out) if isinstance(o, Tensor)]
+    return [_dense(o) for o in leaves(out) if isinstance(o, Tensor)]
 
 def values_of(out) -> list:
     "All numbers in a model's output, as tensors: those of tensors, NumPy arrays, Python's own"
     res = []
     for o in leaves(out):
-        if isinstance(o, Tensor): res.append(o.as_subclass(Tensor))
+        if isinstance(o, Tensor): res.append(_dense(o))
         elif isinstance(o, (int,float,complex)): res.append(torch.tensor(o))
         elif hasattr(o, '__array__') and getattr(o, 'dtype', None)!=object: res.append(torch.as_tensor(o))
     return res
@@ -162,20 +167,35 @@ def hooks():
         for handle in handles: handle.remove()
     with surely(remove): yield handles
 
-class _Buffers:
-    "Buffers of modules, and copies of them, to be put back"
-    def __init__(self): self.seen,self.tables = set(),[]
+def _is_as(x, y) -> bool:
+    "Do two tensors hold the same numbers? (NaN is the same as NaN)"
+    if x.shape!=y.shape: return False
+    if x.layout!=torch.strided: x,y = x.to_dense(),y.to_dense()
+    return torch.equal(x, y) or bool(((x==y) | ((x!=x) & (y!=y))).all())
+
+def write_back(x:Tensor, numbers:Tensor):
+    "Let `x` be as it was when `numbers` was made of it"
+    try:
+        if x.shape!=numbers.shape: x.data = numbers
+        else: x.detach().copy_(numbers)
+    except RuntimeError: x.data = numbers # several of its elements are one number in memory
+
+class _Registered:
+    "What is registered in modules, and copies of the buffers, to be put back"
+    def __init__(self): self.seen,self.tables,self.copies = set(),[],[]
     def keep(self, module):
         if id(module) in self.seen: return
         self.seen.add(id(module))
-        if not module._buffers: return
-        copies = {name: (b, None if b is None or is_lazy(b) else b.detach().clone()) for name,b in module._buffers.items()}
-        self.tables.append((module._buffers, copies))
+        tables = module._parameters,module._buffers,module._modules
+        self.tables += [(table, dict(table)) for table in tables if isinstance(table, dict)] # (TorchScript's are none)
+        self.copies += [(b, b.detach().clone()) for _,b in module._buffers.items() if b is not None and not is_lazy(b)]
     def put_back(self):
-        for table,copies in self.tables:
-            for name,(buffer,copy_) in copies.items():
-                if isinstance(table, dict) and table.get(name) is not buffer: table[name] = buffer
-                if copy_ is not None and not torch.equal(buffer, copy_): buffer.detach().copy_(copy_)
+        for table,was in self.tables:
+            if list(map(id, table.values()))==list(map(id, was.values())): continue
+            table.clear()
+            table.update(was)
+        for buffer,numbers in self.copies:
+            if not _is_as(buffer, numbers): write_back(buffer, numbers)
 
 # %% ../../nbs/fold/02_inputs.ipynb #12fa5bfe
 def dotted(*parts:str) -> str:
@@ -187,6 +207,10 @@ def paths_of(model:nn.Module) -> dict:
     return {module: path for path,module in model.named_modules()}
 
 # %% ../../nbs/fold/02_inputs.ipynb #64a0be5c
+def _to_eval(module):
+    try: module.eval()
+    except NotImplementedError: pass # what comes out of `torch.export` runs in the mode in which it was exported
+
 @contextmanager
 def evaluating(
     model:nn.Module, # Runs in eval mode (as it stands, if it is in eval mode), without gradients
@@ -194,16 +218,16 @@ def evaluating(
 ):
     "While active, `model` can be run; every flag, buffer and random generator comes back afterwards"
     flags = [(module, module.training) for top in (model, *also) for module in top.modules()]
-    buffers = _Buffers()
-    for module,_ in flags: buffers.keep(module)
-    def meet(module, args): buffers.keep(module) # one that is not registered
+    registered = _Registered()
+    for module,_ in flags: registered.keep(module)
+    def meet(module, args): registered.keep(module) # one that is not registered
     def restore():
         for module,flag in flags: module.training = flag
-        buffers.put_back()
+        registered.put_back()
     with surely(restore), hooks() as handles:
         handles.append(nn.modules.module.register_module_forward_pre_hook(meet))
         if model.training:
-            for top in (model, *also): top.eval()
+            for top in (model, *also): _to_eval(top)
         with same_random(), torch.no_grad(): yield model
 
 # %% ../../nbs/fold/02_inputs.ipynb #67202768

@@ -67,8 +67,10 @@ class Search(View):
         "What the forward rule of `node` makes of the maps on its inputs"
         return self._ask(forward_rules, node, maps)
     def _handed_on(self, rules, node, given):
-        if rules is backward_rules: return [(self.state.gone[node], given)]
-        return [(node, amap) for amap in given.values()]
+        if rules is forward_rules: return [(value_of(self, node), amap) for amap in given.values()]
+        source = self.state.gone[node]
+        while not self.is_tensor(source): source = self.state.gone[source] # (a decomposed BN has three outputs)
+        return [(source, given)]
     def _some(self, nodes):
         names = list(dict.fromkeys(self.where(node) for node in nodes))
         return ', '.join(names[:2]) + (f' and {len(names)-2} others' if len(names)>2 else '')

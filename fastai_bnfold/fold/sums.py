@@ -22,7 +22,8 @@ def is_sum(view, node) -> bool:
     "Is `node` a sum, or a multiple by a number (a BN that is gone is none)?"
     if not isinstance(node, Node) or view.is_gone(node) or view.is_const(node): return False
     if op_of(node) in sum_ops: return _number(arguments(node).get('alpha', 1))
-    return op_of(node) in product_ops and _number(node.args[1]) and not arguments(node).get('rounding_mode')
+    if op_of(node) not in product_ops or not _number(node.args[1]) or arguments(node).get('rounding_mode'): return False
+    return op_name(node)!='div' or node.args[1]!=0
 
 def _parts(view, node):
     "`(summand, coefficient)` of one sum or multiple"

@@ -15,6 +15,7 @@ from functools import partial
 from torch import nn, Tensor, inf
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from ..errors import *
 from .affine import *
@@ -70,7 +71,9 @@ def _positions(node, view):
     kernel = view.shape(args['weight'])[2:]
     n = len(kernel)
     def each(name): return (list(args[name])*n)[:n]
-    return [dilation*(size-1)+1+2*step for size,step,dilation in zip(kernel, each('stride'), each('dilation'))]
+    padding = each('padding') if not isinstance(args['padding'], str) else [0]*n
+    more = [max(0, step-2*pad) for step,pad in zip(each('stride'), padding)] # (of padding there comes more than one output)
+    return [dilation*(size-1)+1+extra for size,dilation,extra in zip(kernel, each('dilation'), more)]
 
 _alike = {*bn_ops, *ops('relu','relu6','hardtanh','clamp','clamp_min','clamp_max','leaky_relu','abs','sigmoid', # every position alone
     'add','sub','rsub','mul','div','cat', # and of several values the same
@@ -94,7 +97,7 @@ class LocalProof(torch.fx.Interpreter):
         self.claims,self.between = claims_of(steps)
         self.errors,self.unchecked,self.carried,self.parameters = {},{},{},{}
         self.edits = edits_of(steps, state.gone)
-        self.exact,self.bias = {},{}
+        self.original,self.exact,self.bias = {},{},{}
         self.by_node = {}
         for weight,edits in self.edits.items():
             for edit in edits: self.by_node |= dict.fromkeys(edit.nodes, weight)
@@ -134,7 +137,8 @@ def _sample(self:LocalProof, node, value):
     cut = value
     if few is not None and self._is_by_channel(node, 1): cut = value[(slice(1), slice(None), *(slice(n) for n in few))]
     elif value.ndim>2 and _is_alike(node, self.program) and self._is_by_channel(node, 1):
-        cut = value[(slice(1), slice(None), *[slice(8)]*(value.ndim-2))]
+        n = 8 if 'pool' in op_name(node) else 4
+        cut = value[(slice(1), slice(None), *[slice(n)]*(value.ndim-2))]
     elif op_name(node)=='linear' and self._is_by_channel(node, value.ndim-1): cut = value.reshape(-1, value.shape[-1])[:8]
     x = cut.detach().cpu().to(torch.float64, copy=True)
     return x if cut is value else torch.cat([x, _noise_like(x, self.generator)])
@@ -154,7 +158,9 @@ def _is_by_channel(self:LocalProof, node, dim):
 def _pair(self:LocalProof, node, i):
     "The input `i` of `node`, unfolded and folded"
     if i in self.carried: return self.carried[i]
-    if self.program.is_const(i): return self.was.const(i), self._const(node, i)
+    if self.program.is_const(i):
+        folded = self._const(node, i)
+        return self._original(i), folded
     x = self._sample(node, self.env[i])
     claim = self.claims.get(i)
     if claim is None or not isinstance(x, Tensor): return x, _copied(x)
@@ -174,13 +180,25 @@ def _const(self:LocalProof, node, i):
     "The constant `i`, folded: exact, and stored for later"
     weight = self.by_node.get(node) or self.by_node.get(i)
     if weight and weight not in self.parameters: self._store(weight)
-    tensor = self.program.tensor(i)
-    name = self.program.name_of(tensor) if tensor is not None else None
+    name = self._name(i)
     return self.exact[name] if name in self.exact else self.becomes.const(i)
 
 @patch
+def _original(self:LocalProof, i):
+    "The constant `i`, unfolded"
+    name = self._name(i)
+    return self.original[name] if name in self.original else self.was.const(i)
+
+@patch
+def _name(self:LocalProof, i):
+    tensor = self.program.tensor(i)
+    return None if tensor is None else self.program.name_of(tensor)
+
+@patch
 def _store(self:LocalProof, weight):
-    self.exact = exact_parameters(self.program, self.edits[weight]) # (of one layer at a time: it is large)
+    edits = self.edits[weight] # (of one layer at a time: it is large)
+    self.original = original_parameters(self.program, edits)
+    self.exact = exact_parameters(self.program, edits, self.original)
     self.parameters[weight] = store(self.program, self.exact)
     for name,x in self.exact.items(): _check_rounding(name, x, self.parameters[weight][name].detach())
     absorber = self.edits[weight][0].absorber
@@ -257,7 +275,9 @@ def steps_at(steps, program) -> dict:
 def prove_locally(program:Program, steps:list, state:State) -> LocalProof:
     "The proof, run; `outputs` are those of the graph"
     proof = LocalProof(program, steps, state)
-    with torch.no_grad(), same_random(): results = tensors_of(proof.run(*map(own_copy, program.inputs), enable_io_processing=False))
+    with torch.no_grad(), same_random():
+        try: results = tensors_of(proof.run(*map(own_copy, program.inputs), enable_io_processing=False))
+        except RuntimeError as e: raise cannot_run_again(e) from e
     proof.outputs = results[:len(program.outputs)] # (after them: what somebody keeps)
     proof.largest = max(proof.errors.values(), default=0.)
     proof.wrong = {}
@@ -273,13 +293,24 @@ _layout = {f'aten::{name}' for name in ('clone','contiguous','view','_unsafe_vie
 
 class _Recorder(TorchDispatchMode):
     "Writes down operators, and calls of modules"
-    def __init__(self, paths):
+    supports_higher_order_operators = True # those that run graphs, as one
+    def __init__(self, paths, parameters):
         super().__init__()
         self.paths,self.stack,self.events,self.counts = paths,[''],[],{}
+        self.parameters,self.written = {_memory(p): (name, p) for name,p in parameters},{}
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.rstrip('_')
+        if getattr(getattr(func, '_schema', None), 'is_mutable', False): self.keep(func, args)
+        name = func._schema.name.rstrip('_') if hasattr(func, '_schema') else func.name()
         if name not in _layout: self.events.append((self.stack[-1], name))
         return func(*args, **(kwargs or {}))
+    def keep(self, func, args):
+        "Copy the parameters into which `func` is about to write"
+        written = [o for o,arg in zip(args, func._schema.arguments) if arg.is_write]
+        for o in tensors_of(written):
+            name,p = self.parameters.get(_memory(o), ('', None))
+            if p is not None and name not in self.written: self.written[name] = p, p.detach().clone()
+    def put_back(self):
+        for p,numbers in self.written.values(): write_back(p, numbers)
     def enter(self, module, _):
         path = self.paths.get(module, self.stack[-1])
         self.stack.append(path)
@@ -296,6 +327,10 @@ def _hooked(recorder):
         handles.append(register.register_module_forward_hook(recorder.leave, always_call=True))
         with recorder: yield
 
+def _memory(x):
+    "Where the numbers of a tensor lie; None for layouts of another kind"
+    return x.untyped_storage().data_ptr() or None if x.layout==torch.strided and not is_lazy(x) else None
+
 @dataclass
 class Recorded:
     "A run: its outputs, and what ran"
@@ -307,11 +342,14 @@ class Recorded:
 def record(model:nn.Module, args:tuple, removed:dict=None) -> Recorded:
     "Run `model`, and write down what runs; `removed`: modules that should not run any more, and their paths"
     removed = {module: f'{path} (removed)' for module,path in (removed or {}).items()}
-    recorder,also = _Recorder(paths_of(model) | removed),tuple(removed)
-    with evaluating(model, also), uncompiled(model):
+    recorder,also = _Recorder(paths_of(model) | removed, model.named_parameters()),tuple(removed)
+    with evaluating(model, also), uncompiled(model), surely(recorder.put_back):
         try:
             with _hooked(recorder): out = model(*fresh(args))
         except Exception as e: raise cannot_run(args, e) from e
+        if recorder.written: raise TraceError(
+            f"`forward` writes into its own parameter `{next(iter(recorder.written))}` (as an `nn.Embedding` with `max_norm` does), so that each run changes the next. "
+            "Expected: a model whose parameters stay as they are at test time. Nothing was folded.")
         return Recorded(values_of(out), out, recorder.events, recorder.counts)
 
 # %% ../../nbs/fold/10_verify.ipynb #f85291a8
@@ -385,6 +423,7 @@ def another_length(x):
 
 # %% ../../nbs/fold/10_verify.ipynb #e864ab18
 def _smaller(size): return max(1, (size//2-1)//2*2+1) # odd: what halves it rounds
+def _much_smaller(size): return _smaller(size//2 if size>=128 else size) # (a large one costs time)
 def _larger(size): return (int(1.2*size)+1)//2*2+1
 def _less(size): return size-32 if size>64 else size+64
 def _more(size): return size+32
@@ -407,7 +446,8 @@ def ways_to_resize(args:tuple) -> list:
     ways = []
     def add(dims, changes): ways.append(tuple(partial(_resized, dims=dims, changes=c) for c in (changes, changes[::-1])))
     if any(map(_behind_channels, tensors)):
-        add(_behind_channels, (_smaller, _larger))
+        add(_behind_channels, (_much_smaller, _larger))
+        if any(max(o.shape[2:], default=0)>=128 for o in tensors): add(_behind_channels, (_smaller, _larger))
         add(_behind_channels, (_less, _more))
         if any(len(_behind_channels(o))>1 for o in tensors): add(_behind_channels, (_more, _more))
     if any(map(_before_features, tensors)): add(_before_features, (_smaller, _larger))
@@ -445,7 +485,11 @@ def tolerance(tensors:list, n_folded:int) -> float:
 # %% ../../nbs/fold/10_verify.ipynb #cb8a9149
 _words = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-def _flip_last_bits(p): return p.detach().view(_words[p.element_size()]).bitwise_xor_(1)
+def _flip_last_bits(p):
+    numbers = p.detach()
+    for dim,step in enumerate(p.stride()):
+        if step==0 and p.shape[dim]: numbers = numbers.narrow(dim, 0, 1) # expanded: one number in memory
+    return numbers.view(_words[p.element_size()]).bitwise_xor_(1)
 
 def amplification(model:nn.Module, batches:list) -> float:
     """How far the outputs move if each parameter moves by one rounding; `batches`: pairs of arguments and outputs; 0 where that cannot be measured.

@@ -101,6 +101,11 @@ product_ops = ops('mul','div')
 
 def factor(view, node:Node):
     "`(x, c)` if `node` is `c·x` with a constant `c`, `(None, None)` if it is a product or quotient of two values"
+    x,c = _factor(view, node)
+    if c is not None and not torch.isfinite(c).all(): raise Stop(f"{view.where(node)}, a product with what is no finite number", 'product')
+    return x, c
+
+def _factor(view, node):
     x,y = node.args[0],node.args[1]
     if arguments(node).get('rounding_mode'): raise Stop(f"{view.where(node)}, which rounds", 'no rule')
     if x is y: raise Stop(f"{view.where(node)} of a value and itself", 'product')

@@ -25,7 +25,8 @@ def bounds(view, node:Node) -> tuple:
     lo,hi = _fixed.get(op_name(node), (args.get('min', args.get('min_val')), args.get('max', args.get('max_val'))))
     if is_value(view, lo) or is_value(view, hi): raise Stop(f"{view.where(node)}, whose bounds are computed anew at every call", 'no rule')
     ndim = len(view.shape(node))
-    return constant(view, -inf if lo is None else lo, ndim), constant(view, inf if hi is None else hi, ndim)
+    lo,hi = constant(view, -inf if lo is None else lo, ndim),constant(view, inf if hi is None else hi, ndim)
+    return torch.minimum(lo, hi), hi # (where the lower bound is above the upper, PyTorch returns the upper)
 
 def _n_passes(lo, hi): return int((lo>-inf).any())+int((hi<inf).any())
 

@@ -150,9 +150,9 @@ def _pieces(view, node):
     args = arguments(node)
     ndim = len(view.shape(node))
     dim = args['dim']-ndim if args['dim']>=0 else args['dim']
-    sizes = [view.shape(i)[dim] for i in args['tensors']]
-    ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
-    return dim, list(zip(args['tensors'], ends, ends[1:]))
+    given = [i for i in args['tensors'] if len(view.shape(i))==ndim] # (`torch.empty(0)` may be among them)
+    ends = torch.tensor([0, *(view.shape(i)[dim] for i in given)]).cumsum(0).tolist()
+    return dim, list(zip(given, ends, ends[1:]))
 
 def _sizes_beside(amap, dim):
     "The sizes of the map but for those along the dimension `dim`"
