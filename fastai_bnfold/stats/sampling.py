@@ -5,33 +5,33 @@
 # %% auto #0
 __all__ = ['item_moments', 'ItemMoments']
 
-# %% ../../nbs/stats/06_sampling.ipynb #60a3b3d8
+# %% ../../nbs/stats/06_sampling.ipynb #b5117377
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
 from ..errors import *
 
-# %% ../../nbs/stats/06_sampling.ipynb #20e6bafa
+# %% ../../nbs/stats/06_sampling.ipynb #fef96ba0
 def item_moments(
-    bn:nn.Module, # With running statistics
-    x:Tensor      # Its input
+    x:Tensor,     # A BN's input
+    mean:Tensor,  # What it has, per channel: its running mean,
+    scale:Tensor  # and its running variance with ε
 ) -> tuple:       # Item × channel, float64, on the CPU
-    "Every item's mean and mean square over its positions, of what `bn` makes of it before γ and β"
+    "Every item's mean and mean square over its positions, of what the BN makes of it before γ and β"
     f = x if x.dtype==torch.float64 else x.float()
-    var,mean = torch.var_mean(f.flatten(2), 2, correction=0) if x.ndim>2 else (torch.zeros_like(f), f)
-    var,mean = var.cpu().double(),mean.cpu().double()
-    old_var = bn.running_var.detach().cpu().double()+bn.eps
-    mean = (mean-bn.running_mean.detach().cpu().double())/old_var.sqrt()
-    return mean, var/old_var + mean**2
+    of_var,of_mean = torch.var_mean(f.flatten(2), 2, correction=0) if x.ndim>2 else (torch.zeros_like(f), f)
+    of_mean = (of_mean.cpu().double()-mean)/scale.sqrt()
+    return of_mean, of_var.cpu().double()/scale + of_mean**2
 
-# %% ../../nbs/stats/06_sampling.ipynb #a8d4472a
+# %% ../../nbs/stats/06_sampling.ipynb #598241e3
 class ItemMoments:
     "Sums over items of one BN's input, per channel, in float64"
     def __init__(self, bn:nn.Module):
-        self.bn = bn
         self.n = 0    # items
         old_var = bn.running_var.detach().cpu().double()
+        self.mean = bn.running_mean.detach().cpu().double()
         self.scale = old_var+bn.eps     # the unit of variances
+        self.old_var = old_var
         self.eps = bn.eps/self.scale    # ε in this unit
         self.sums = old_var.new_zeros(5, len(old_var)) # Σm, Σm², Σe, Σe², Σm·e
 
@@ -45,7 +45,7 @@ def add(self:ItemMoments,
     self.n += len(mean)
     self.sums = self.sums + torch.stack([part.sum(0) for part in parts])
 
-# %% ../../nbs/stats/06_sampling.ipynb #57b63e53
+# %% ../../nbs/stats/06_sampling.ipynb #6e181e9d
 @patch
 def between(self:ItemMoments) -> Tensor: # In σ²
     "The variance of the items' means"
@@ -68,7 +68,11 @@ def variance(self:ItemMoments) -> Tensor: # In σ²
     _,mean_sq,square,*_ = self.sums/self.n
     return (square-mean_sq).clamp_min(0.) + self.between()
 
-# %% ../../nbs/stats/06_sampling.ipynb #72f8f6ad
+# %% ../../nbs/stats/06_sampling.ipynb #4d394bb8
+def _moderated(var, n, weight=4):
+    "Variances between `n` items, drawn towards their mean over the channels"
+    return ((n-1)*var + weight*var.mean())/(n-1+weight)
+
 @patch
 def errors(self:ItemMoments,
     n_items:int=None # If a BN sees several rows for each
@@ -79,4 +83,15 @@ def errors(self:ItemMoments,
     cov = product-mean*square
     of_q = square_sq-square**2 - 4*mean*cov + 4*mean**2*(mean_sq-mean**2) # Var[e-2μm]
     of_q = of_q.clamp_min(0.)*(self.n/max(self.n-1, 1))
-    return self.between()/n, of_q/n/(self.variance()+self.eps)**2
+    of_log = of_q/(self.variance()+self.eps)**2
+    return _moderated(self.between(), self.n)/n, _moderated(of_log, self.n)/n
+
+# %% ../../nbs/stats/06_sampling.ipynb #b1bda561
+@patch
+def blend(self:ItemMoments,
+    share_of_mean=1., # A number, or one per channel
+    share_of_var=1.
+) -> tuple:           # mean, variance, float64
+    "The statistics of the items with these shares, those that the BN had with the rest"
+    mean = self.mean + share_of_mean*self.shift()*self.scale.sqrt()
+    return mean, self.old_var + share_of_var*(self.variance()*self.scale-self.old_var)

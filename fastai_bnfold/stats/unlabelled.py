@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['unlabelled_dl', 'chosen_items', 'run_unlabelled']
 
-# %% ../../nbs/stats/07_unlabelled.ipynb #91eed00b
+# %% ../../nbs/stats/07_unlabelled.ipynb #521fa5ef
 import torch
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..errors import *
 from ..fold.inputs import *
 from ..learner.training import *
 
-# %% ../../nbs/stats/07_unlabelled.ipynb #e4aa5014
+# %% ../../nbs/stats/07_unlabelled.ipynb #24b263ea
 def _test_dl(learn, data):
     "A `DataLoader` of what `dls.test_dl` takes"
     if isinstance(data, (str,Path)): raise NoDataError(
@@ -42,14 +42,13 @@ def _n_items(dl):
     try: return len(dl.dataset)
     except (AttributeError, TypeError): return None
 
-# %% ../../nbs/stats/07_unlabelled.ipynb #300db2a3
+# %% ../../nbs/stats/07_unlabelled.ipynb #cfafaf26
 def _is_batched(dl):
     "Does the data set make whole batches?"
     return getattr(dl, 'bs' if hasattr(dl, 'new') else 'batch_size', None) is None
 
 def _chosen(n_all, n, seed):
-    "At most `n` of `n_all` indices"
-    if n_all<=n: return list(range(n_all))
+    "At most `n` of `n_all` indices, in random order"
     gen = torch.Generator().manual_seed(seed)
     return torch.randperm(n_all, generator=gen)[:n].tolist()
 
@@ -69,7 +68,7 @@ def chosen_items(
     with dl.dataset.set_split_idx(1) if as_valid else nullcontext():
         yield subset_dl(dl, _chosen(n_all, n, seed), bs)
 
-# %% ../../nbs/stats/07_unlabelled.ipynb #3fcffd25
+# %% ../../nbs/stats/07_unlabelled.ipynb #d56c76f1
 class _Inputs:
     "A `DataLoader`'s batches, each as a tuple of the model's inputs"
     def __init__(self, dl, n_inp, n, bs): self.dl,self.n_inp,self.n,self.bs = dl,n_inp,n,bs
