@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['least_prior', 'auto_prior', 'item_statistics', 'blended']
 
-# %% ../../nbs/stats/09_adapt.ipynb #e07f1ce6
+# %% ../../nbs/stats/09_adapt.ipynb #ab506253
 import math, pandas as pd, torch
 from numbers import Real
 from fastai.learner import Learner
@@ -21,7 +21,7 @@ from .sampling import *
 from .shift import distance, distance_of_network
 from .unlabelled import *
 
-# %% ../../nbs/stats/09_adapt.ipynb #1d6e1445
+# %% ../../nbs/stats/09_adapt.ipynb #d7954145
 least_prior = 2 # items: what the old statistics always count as
 
 def auto_prior(
@@ -32,7 +32,7 @@ def auto_prior(
     shifted = 1-1/distance**2 if distance>1 else 0.
     return (n+least_prior)/shifted-n if shifted else math.inf
 
-# %% ../../nbs/stats/09_adapt.ipynb #ea2a21b6
+# %% ../../nbs/stats/09_adapt.ipynb #b556d6e2
 def item_statistics(
     learn,
     dl,         # From `unlabelled_dl`
@@ -65,7 +65,7 @@ def blended(
     share = n/(n+prior)
     return moments.blend(share, share)
 
-# %% ../../nbs/stats/09_adapt.ipynb #f5d93a0b
+# %% ../../nbs/stats/09_adapt.ipynb #0e734345
 def _require_prior(prior):
     ok = prior=='auto' if isinstance(prior, str) else isinstance(prior, Real) and 0<=prior<math.inf
     ok = ok and not isinstance(prior, bool)
@@ -74,8 +74,8 @@ def _require_prior(prior):
 def _chosen_prior(learn, dl, n, bs, seed):
     "`auto_prior` for these items"
     seen,n_items = item_statistics(learn, dl, n, bs, seed)
-    require(n_items>1, "From one item nobody can know how far items differ: give two at least, or a number "
-            "for `prior`. Items", n_items)
+    require(n_items>1, "`prior='auto'` takes two items at least (one says nothing of how far items differ); "
+            "give more, or a number for `prior`", n_items)
     return auto_prior(distance_of_network([distance(moments, n_items) for moments in seen.values()]), n_items)
 
 def _require_finite(bns, new):
@@ -86,7 +86,7 @@ def _require_finite(bns, new):
             f"The input of `{path}` on this data is not finite: it has no statistics. Is there a NaN in the data? "
             "All statistics are as they were.")
 
-# %% ../../nbs/stats/09_adapt.ipynb #38ee3406
+# %% ../../nbs/stats/09_adapt.ipynb #5474e5be
 @patch
 @torch.no_grad()
 def adapt_bn(self:Learner,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['item_rows', 'distance', 'distance_of_network', 'BNShift']
 
-# %% ../../nbs/stats/08_shift.ipynb #6cfc48c4
+# %% ../../nbs/stats/08_shift.ipynb #2a1801d9
 import pandas as pd, torch
 from statistics import median
 from fastai.learner import Learner
@@ -18,7 +18,7 @@ from .item import require_uncorrected
 from .sampling import *
 from .unlabelled import *
 
-# %% ../../nbs/stats/08_shift.ipynb #2696fe2e
+# %% ../../nbs/stats/08_shift.ipynb #6d9e2c60
 def item_rows(
     learn,
     dl,       # From `unlabelled_dl`
@@ -35,14 +35,14 @@ def item_rows(
     with pre_hooks(bns, look): n_items = run_unlabelled(learn, dl, n, bs, seed)
     return {bn: tuple(map(torch.cat, zip(*parts))) for bn,parts in rows.items()}, n_items
 
-# %% ../../nbs/stats/08_shift.ipynb #88739dbf
+# %% ../../nbs/stats/08_shift.ipynb #468a43a1
 def distance(
     moments:ItemMoments,
     n_items:int=None # If a BN sees several rows for each
 ) -> float:          # In standard errors
     "How far the statistics are from those that the BN has, root mean square over its channels"
     error_of_mean,error_of_log = moments.errors(n_items)
-    far = moments.shift()**2/(error_of_mean+1e-6) + moments.log_ratio()**2/(error_of_log+1e-6)
+    far = moments.shift()**2/(error_of_mean+1e-6) + moments.growth()**2/(error_of_log+1e-6)
     return (far.mean()/2).sqrt().item()
 
 def _collected(rows, start, end):
@@ -68,7 +68,7 @@ def distance_of_network(of_bns) -> float: # From their distances
 
 def _of_network(draw): return distance_of_network(draw.values())
 
-# %% ../../nbs/stats/08_shift.ipynb #91e17514
+# %% ../../nbs/stats/08_shift.ipynb #a80e8d20
 class BNShift:
     "How far the statistics of data are from those that a network has. A table in a notebook"
     def __init__(self,
@@ -91,7 +91,7 @@ class BNShift:
         draws = self.reference_distances()
         return self.distance/median(draws) if draws else None
 
-# %% ../../nbs/stats/08_shift.ipynb #7bdab9f4
+# %% ../../nbs/stats/08_shift.ipynb #8693759b
 @patch(as_prop=True)
 def table(self:BNShift) -> pd.DataFrame:
     "Per BN: medians over its channels, and how many times as far as validation items it is"
@@ -117,7 +117,7 @@ def __repr__(self:BNShift):
 @patch
 def _repr_html_(self:BNShift): return f'<p>{self}</p>{self.table.to_html(float_format="{:.2f}".format)}'
 
-# %% ../../nbs/stats/08_shift.ipynb #6558ae43
+# %% ../../nbs/stats/08_shift.ipynb #ee50b799
 @patch
 def plot(self:BNShift,
     ax=None # Of matplotlib; a new figure if left out
@@ -135,7 +135,7 @@ def plot(self:BNShift,
     ax.legend(frameon=False)
     return ax
 
-# %% ../../nbs/stats/08_shift.ipynb #2c423f9f
+# %% ../../nbs/stats/08_shift.ipynb #f8573945
 def _reference_dls(learn):
     "'validation', 'training' → their `DataLoader`, where the Learner has one"
     loaders = {}

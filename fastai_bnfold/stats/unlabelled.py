@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['unlabelled_dl', 'chosen_items', 'run_unlabelled']
 
-# %% ../../nbs/stats/07_unlabelled.ipynb #521fa5ef
+# %% ../../nbs/stats/07_unlabelled.ipynb #51f56453
 import torch
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,11 +16,13 @@ from ..errors import *
 from ..fold.inputs import *
 from ..learner.training import *
 
-# %% ../../nbs/stats/07_unlabelled.ipynb #24b263ea
+# %% ../../nbs/stats/07_unlabelled.ipynb #65ff0d99
 def _test_dl(learn, data):
     "A `DataLoader` of what `dls.test_dl` takes"
     if isinstance(data, (str,Path)): raise NoDataError(
         f"Expected several items, got the path '{data}'. For the images of a folder: `get_image_files(folder)`.")
+    if not hasattr(data, '__len__'): raise NoDataError(
+        f"Expected items (paths, rows, texts, arrays) or a `DataLoader`, got {type(data).__name__}.")
     if not len(data): raise NoDataError("There are no items in this data: nothing can be learned from it.")
     try: return learn.dls.test_dl(data)
     except Exception as e: raise NoDataError(
@@ -42,7 +44,7 @@ def _n_items(dl):
     try: return len(dl.dataset)
     except (AttributeError, TypeError): return None
 
-# %% ../../nbs/stats/07_unlabelled.ipynb #cfafaf26
+# %% ../../nbs/stats/07_unlabelled.ipynb #4875fd57
 def _is_batched(dl):
     "Does the data set make whole batches?"
     return getattr(dl, 'bs' if hasattr(dl, 'new') else 'batch_size', None) is None
@@ -68,7 +70,7 @@ def chosen_items(
     with dl.dataset.set_split_idx(1) if as_valid else nullcontext():
         yield subset_dl(dl, _chosen(n_all, n, seed), bs)
 
-# %% ../../nbs/stats/07_unlabelled.ipynb #d56c76f1
+# %% ../../nbs/stats/07_unlabelled.ipynb #38def429
 class _Inputs:
     "A `DataLoader`'s batches, each as a tuple of the model's inputs"
     def __init__(self, dl, n_inp, n, bs): self.dl,self.n_inp,self.n,self.bs = dl,n_inp,n,bs
