@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 from fastai.vision.all import *
 from fastcore.script import call_parse
-from torch.utils.data import DataLoader as TorchLoader, TensorDataset
+from torch.utils.data import DataLoader as TorchLoader
 from torchvision.transforms.v2 import functional as T
 from fastai_bnfold.all import *
 from fastai_bnfold.fold.report import text_table
@@ -147,7 +147,7 @@ def judged(model, x, y, bs=64):
 
 def learner(model, x, y):
     "A Learner with validation data, and no training data"
-    dls = DataLoaders(TorchLoader([], 64), TorchLoader(TensorDataset(x, y), 64))
+    dls = DataLoaders(DataLoader([], bs=64), DataLoader(list(zip(x, y)), bs=64))
     return Learner(dls, model, loss_func=CrossEntropyLossFlat())
 
 def adapted(learn, items, prior, x, y):
@@ -253,9 +253,9 @@ def main(
     rows = []
     with learn.no_bar():
         res = dict(machine=machine(), validation=whole, n_judged=n_judged, draws=draws)
-        res['auc'] = seen_shifts(learn, x[pool])
         res['deployed'] = deployed(learn, x[pool], x[rest], weights)
         res['misuse'] = misuse(learn, x[pool], y[pool], x[rest], y[rest])
+        res['auc'] = seen_shifts(learn, x[pool])
         for name in ('none',*corruptions):
             rows += of_place(learn, name, x[pool], x[rest], y[rest], draws*3 if name=='none' else draws)
             print(name, f'{time.time()-start:.0f} s', flush=True)

@@ -425,6 +425,16 @@ def test_shift_is_shown(learn):
     assert len(ax.lines[0].get_ydata())==3
     plt.close('all')
 
+@pytest.mark.parametrize('valid', ([], images(1), Stream()))
+def test_shift_without_a_usable_validation_set(valid):
+    learn = Learner(DataLoaders(DataLoader(images(64), 8), DataLoader(valid, 8)), net(), loss_func=CrossEntropyLossFlat())
+    shift = quiet(learn.bn_shift, images(16), n=16)
+    assert list(shift.reference)==['training'] and shift.times is None and 'training items' in str(shift)
+
+def test_shift_of_more_items_than_there_are(learn):
+    "No more are taken than the validation set has"
+    assert quiet(learn.bn_shift, images(400), n=400).n==256
+
 def test_shift_in_sigma(learn):
     "A BN's shift of the mean and ratio of variances are what they are called"
     model = nn.Sequential(nn.BatchNorm2d(3, eps=0), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3,2))

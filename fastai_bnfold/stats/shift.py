@@ -5,20 +5,19 @@
 # %% auto #0
 __all__ = ['item_rows', 'distance', 'distance_of_network', 'BNShift']
 
-# %% ../../nbs/stats/08_shift.ipynb #2a1801d9
+# %% ../../nbs/stats/08_shift.ipynb #3f5bc2e3
 import pandas as pd, torch
 from statistics import median
 from fastai.learner import Learner
 from fastcore.basics import patch
 from ..errors import *
-from ..learner.batches import has_valid
 from ..learner.training import *
 from .batch import *
 from .item import require_uncorrected
 from .sampling import *
 from .unlabelled import *
 
-# %% ../../nbs/stats/08_shift.ipynb #6d9e2c60
+# %% ../../nbs/stats/08_shift.ipynb #5b4b83a6
 def item_rows(
     learn,
     dl,       # From `unlabelled_dl`
@@ -35,7 +34,7 @@ def item_rows(
     with pre_hooks(bns, look): n_items = run_unlabelled(learn, dl, n, bs, seed)
     return {bn: tuple(map(torch.cat, zip(*parts))) for bn,parts in rows.items()}, n_items
 
-# %% ../../nbs/stats/08_shift.ipynb #468a43a1
+# %% ../../nbs/stats/08_shift.ipynb #21284a89
 def distance(
     moments:ItemMoments,
     n_items:int=None # If a BN sees several rows for each
@@ -68,7 +67,7 @@ def distance_of_network(of_bns) -> float: # From their distances
 
 def _of_network(draw): return distance_of_network(draw.values())
 
-# %% ../../nbs/stats/08_shift.ipynb #a80e8d20
+# %% ../../nbs/stats/08_shift.ipynb #cdbe8e20
 class BNShift:
     "How far the statistics of data are from those that a network has. A table in a notebook"
     def __init__(self,
@@ -91,7 +90,7 @@ class BNShift:
         draws = self.reference_distances()
         return self.distance/median(draws) if draws else None
 
-# %% ../../nbs/stats/08_shift.ipynb #8693759b
+# %% ../../nbs/stats/08_shift.ipynb #7a6f6e9d
 @patch(as_prop=True)
 def table(self:BNShift) -> pd.DataFrame:
     "Per BN: medians over its channels, and how many times as far as validation items it is"
@@ -117,7 +116,7 @@ def __repr__(self:BNShift):
 @patch
 def _repr_html_(self:BNShift): return f'<p>{self}</p>{self.table.to_html(float_format="{:.2f}".format)}'
 
-# %% ../../nbs/stats/08_shift.ipynb #ee50b799
+# %% ../../nbs/stats/08_shift.ipynb #b9bb36d3
 @patch
 def plot(self:BNShift,
     ax=None # Of matplotlib; a new figure if left out
@@ -135,14 +134,11 @@ def plot(self:BNShift,
     ax.legend(frameon=False)
     return ax
 
-# %% ../../nbs/stats/08_shift.ipynb #f8573945
+# %% ../../nbs/stats/08_shift.ipynb #3c2a0f76
 def _reference_dls(learn):
-    "'validation', 'training' → their `DataLoader`, where the Learner has one"
-    loaders = {}
-    if has_valid(learn): loaders['validation'] = learn.dls.valid
-    try: n_training(learn)
-    except NoDataError: return loaders
-    return loaders | dict(training=learn.dls.train)
+    "'validation', 'training' → their `DataLoader`, where the Learner has one with items"
+    loaders = dict(zip(('training','validation'), learn.dls.loaders))
+    return {name: loaders[name] for name in ('validation','training') if (n_items_of(loaders.get(name)) or 0)>1}
 
 def _by_path(bns, of_bns): return {path: of_bns[bn] for path,bn in bns.items() if bn in of_bns}
 
@@ -161,7 +157,7 @@ def bn_shift(self:Learner,
     require_positive(n=n, bs=bs, draws=draws)
     bns,dl = batch_norms(self.model),unlabelled_dl(self, data)
     loaders = _reference_dls(self)
-    if 'validation' in loaders: n = min(n, len(loaders['validation'].dataset))
+    if 'validation' in loaders: n = min(n, n_items_of(loaders['validation']))
     rows,n = item_rows(self, dl, n, bs, seed)
     require(n>1, "The spread between items cannot be known from one: give two at least", n)
     reference = {}
