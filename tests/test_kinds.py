@@ -335,3 +335,69 @@ def test_a_cache_that_the_first_run_fills():
     net.cache = []
     folder = BNFolder(); folder.fold(net, x, inplace=True)
     assert folder.report.n_folded==1
+
+
+class Cut(nn.Module):
+    "A parameter of which `forward` reads as much as the input is large"
+    def __init__(self, layer, bn, size, cut): super().__init__(); self.layer,self.bn,self.pos,self.cut = layer,bn,nn.Parameter(torch.randn(size)),cut
+    def forward(self, x): return self.bn(self.layer(x)+self.cut(self.pos, x))
+
+parts_read = {'an image': (nn.Conv2d(3,8,1), nn.BatchNorm2d(8), (1,8,16,16), lambda pos,x: pos[...,:x.shape[2],:x.shape[3]], (2,3,8,8), (3,3,12,10)),
+    'a sequence': (nn.Conv1d(3,8,1), nn.BatchNorm1d(8), (1,8,32), lambda pos,x: pos[...,:x.shape[2]], (2,3,9), (2,3,20)),
+    'the batch': (nn.Conv2d(3,8,1), nn.BatchNorm2d(8), (8,8,1,1), lambda pos,x: pos[:len(x)], (2,3,8,8), (5,3,8,8))}
+
+@pytest.mark.parametrize('case', parts_read.values(), ids=parts_read)
+def test_a_parameter_that_is_read_in_part(case):
+    *parts,given,other = case
+    net = randomize_bn(Cut(*parts)).double().eval()
+    rng = torch.get_rng_state()
+    folder = BNFolder(); new = folder.fold(net, torch.ones(given).double())
+    assert torch.equal(rng, torch.get_rng_state()) and folder.report.n_folded==1
+    with torch.no_grad():
+        x = torch.randn(other).double()
+        assert max_err([net(x)], [new(x)])<1e-12
+
+class Sized(nn.Module):
+    "A number made of the size"
+    def __init__(self, f, layer, bn): super().__init__(); self.f,self.layer,self.bn = f,layer,bn
+    def forward(self, x): return self.f(self, x)
+
+sized = {'a sequence': (lambda m,x: m.bn(m.layer(x)/x.shape[-1]), nn.Conv1d(3,8,1), nn.BatchNorm1d(8), torch.randn(2,3,9).double()),
+    'frames': (lambda m,x: m.bn(m.layer(x)/x.shape[2]), nn.Conv3d(3,8,1), nn.BatchNorm3d(8), torch.randn(2,3,4,6,6).double()),
+    'the aspect': (lambda m,x: m.bn(m.layer(x)*(x.shape[-1]/x.shape[-2])), nn.Conv2d(3,8,1), nn.BatchNorm2d(8), torch.randn(2,3,8,8).double()),
+    'only when large': (lambda m,x: m.bn(m.layer(x)) if x.shape[-1]<=9 else m.layer(x), nn.Conv2d(3,8,1), nn.BatchNorm2d(8), torch.randn(2,3,8,8).double()),
+    'whole numbers': (lambda m,x: m.bn(m.layer(x.double())*x.shape[-1]), nn.Conv2d(3,8,1), nn.BatchNorm2d(8), torch.randint(0, 255, (2,3,8,8)))}
+
+@pytest.mark.parametrize('case', sized.values(), ids=sized)
+def test_a_size_that_decides(case):
+    *parts,x = case
+    folder = BNFolder(); folder.fold(randomize_bn(Sized(*parts)).double().eval(), x)
+    assert [row.kind for row in folder.report.rows]==['proof failed'] and folder.report.max_err==0
+
+def view_written(m, x):
+    h = x.sin(); a = m.layer(h); h[:,:4].mul_(2)
+    return a+h
+def view_read(m, x):
+    h = x.sin(); v = h[:,:4]; h += m.layer(h)
+    return torch.cat([v, h], 1)
+def input_written(m, x):
+    x += m.layer(x)
+    return x
+def converted(m, x): return m.layer(x.double())+x
+
+@pytest.mark.parametrize('f', [view_written, view_read, input_written, converted])
+def test_branches_that_must_not_be_merged(f):
+    net,x = Sized(f, nn.Conv2d(8,8,3,padding=1).double(), None).eval(),torch.randn(2,8,8,8)
+    if f is not converted: x = x.double()
+    with torch.no_grad():
+        ep = torch.export.export(net, (x,)); new = BNFolder().fold_graph(ep)
+        before,after = x.clone(),x.clone()
+        assert torch.equal(ep.module()(before), new.module()(after)) and torch.equal(before, after)
+
+@pytest.mark.parametrize('act', [nn.ReLU(), nn.ReLU6(), nn.Hardtanh()], ids=lambda act: type(act).__name__)
+def test_a_decomposed_program_stays_functional(act):
+    net,x = randomize_bn(nn.Sequential(nn.Conv2d(3,8,3), act, nn.BatchNorm2d(8))).double().eval(),torch.randn(2,3,8,8).double()
+    with torch.no_grad():
+        ep = export(net, (x,)).run_decompositions()
+        folder = BNFolder(); new = folder.fold_graph(ep)
+        assert folder.report.n_folded==1 and max_err([net(x)], [new.module()(x)])<1e-12

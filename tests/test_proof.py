@@ -92,7 +92,7 @@ def test_the_first_number_is_the_local_one():
     folder = BNFolder(); folder.fold(net, torch.randn(2,3,8,8))
     title = str(folder.report).splitlines()[0]
     assert title.index('largest error of a fold')<title.index('difference of the outputs') and folder.report.local_err<1e-14
-    assert len(folder.report.proved)==3 and 'image size' in folder.report.proved[1]
+    assert len(folder.report.proved)==3 and 'batch and size' in folder.report.proved[1]
 
 @pytest.mark.parametrize('name', ['weight','bias'])
 def test_a_stored_number_that_is_not_what_was_computed(name, monkeypatch):

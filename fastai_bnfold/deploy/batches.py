@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 from ..errors import *
 from ..fold.inputs import *
 from ..fold.ops import *
-from ..learner.batches import first_items, has_valid, learner_batch
+from ..learner.batches import has_valid, learner_batch
 
 # %% ../../nbs/deploy/04_batches.ipynb #e70d109a
 def example_batch(learn:Learner) -> tuple:

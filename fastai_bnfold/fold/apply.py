@@ -10,7 +10,7 @@ __all__ = ['Swaps', 'edits_of', 'exact_parameters', 'stored_parameter', 'store',
 import copy, torch
 from collections import OrderedDict
 from contextlib import contextmanager
-from torch import nn, Tensor
+from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -131,8 +131,9 @@ def baked(model:nn.Module):
     swaps = Swaps()
     plain = {module: without_parametrization(module) for module in model.modules()}
     swaps.add_modules(model, {module: new for module,new in plain.items() if new is not module})
-    try: swaps.redo(); yield
-    finally: swaps.undo()
+    with surely(swaps.undo):
+        swaps.redo()
+        yield
 
 # %% ../../nbs/fold/09_apply.ipynb #8bd78612
 _hooks = ('_forward_hooks','_forward_pre_hooks','_forward_hooks_with_kwargs','_forward_pre_hooks_with_kwargs','_forward_hooks_always_called')
@@ -165,8 +166,7 @@ def swaps_for(
     parameters:dict   # `new_parameters` of these steps
 ) -> Swaps:           # Computed, not yet in place
     "All that applying `steps` changes in `model`"
-    swaps,new = Swaps(),{}
-    paths = {module: path for path,module in reversed(list(model.named_modules()))}
+    swaps,new,paths = Swaps(),{},paths_of(model)
     for edit in all_edits(steps, Rebound):
         old = model.get_submodule(edit.path)
         new[old] = _in_place_of(old, clamp_of(program, edit))

@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/fold/14_draw.ipynb #12eae746
-from torch import nn
 from .affine import patch
 from .ops import *
 from .state import *

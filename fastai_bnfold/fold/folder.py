@@ -8,7 +8,7 @@ __all__ = ['program_and_run', 'Evidence', 'in_words', 'dummy_batch', 'BNFolder',
 # %% ../../nbs/fold/11_folder.ipynb #4921f295
 import copy, torch
 from contextlib import contextmanager
-from torch import nn, Tensor, inf
+from torch import nn, Tensor
 from ..errors import *
 from .affine import *
 from .inputs import *
@@ -52,24 +52,35 @@ class Evidence:
     def __init__(self, model, args, example:Recorded, looks, structural:bool=True):
         self.model,self.example,self.structural = model,example,structural
         self.inputs,self.before = {'the example': args},{'the example': example}
-        for alternatives in other_inputs(args, looks):
-            if self._covers(alternatives): continue
-            self._try(alternatives)
+        self.untried = [] # what the model takes no other of
+        self._try_sizes(perturbed(args))
+        length = another_length(args)
+        if length: self._try('another number of items', length)
+        for kind,other in other_values(args).items() if looks else (): self._try(kind, other)
 
-    def _covers(self, alternatives):
-        "Was an image of another size taken together with another batch?"
-        return any('image size' in kind for kind in self.inputs) and all('image size' in kind for kind,_ in alternatives)
-    def _try(self, alternatives):
-        for kind,args in alternatives:
-            try: self.before[kind] = record(self.model, args)
-            except TraceError: continue
-            self.inputs[kind] = args
-            return
-    @property
-    def untried(self) -> list:
-        "What the model takes no other of"
-        tried = ' '.join(self.inputs)
-        return [what for what in ('batch size','image size') if what.split()[0] not in tried]
+    def _try(self, kind, args):
+        "Does the model take them?"
+        try: self.before[kind] = record(self.model, args)
+        except TraceError: return False
+        self.inputs[kind] = args
+        return True
+
+    def _try_resized(self, kind, ways, batch, *others):
+        "Another size, and for one of the `others` a size that differs the other way; does the model take it?"
+        for wide,tall in ways:
+            if not self._try(kind, wide(batch)): continue
+            any(self._try('a size that differs the other way', tall(other)) for other in others) # the first will do
+            return True
+        return False
+
+    def _try_sizes(self, noisy):
+        "Another batch together with another size, if the model takes that; else one of them, or other values alone"
+        batch,ways = another_batch(noisy),ways_to_resize(noisy)
+        if self._try_resized('other values, batch and size', ways, batch, first_items(noisy, 1), batch): return
+        self.untried = ['batch size', 'size']
+        if self._try('other values and batch size', batch): self.untried = ['size']
+        elif self._try('other values', noisy):
+            if self._try_resized('another size', ways, noisy, noisy): self.untried = ['batch size']
 
     def compare(self, folded, steps, removed) -> dict:
         "BN → why it must stay; `errors`, `strange` (the kinds of input for which something is wrong, and nobody knows why)"
@@ -145,8 +156,9 @@ class BNFolder:
         plan.notes = notes_of(plan.steps, computed_layers(model))
         plan.params_before = _numel(model.parameters())
         swaps = swaps_for(model, program, plan.steps, new_parameters(program, plan.steps, plan.state.gone))
-        try: swaps.redo(); plan.params_after = _numel(model.parameters())
-        finally: swaps.undo()
+        with surely(swaps.undo):
+            swaps.redo()
+            plan.params_after = _numel(model.parameters())
         return plan
 
     @in_words()
@@ -163,7 +175,8 @@ class BNFolder:
             self.report = fold.run()
             self.swaps,self._folded = fold.swaps,(fold.target, _checksum(fold.target))
             return fold.target
-        except BaseException: fold.swaps.undo(); raise
+        except BaseException:
+            with surely(fold.swaps.undo): raise
 
     def unfold(self):
         "Undo the last `fold`: every parameter, buffer and module of before, the very same objects. A `FoldedError` if the folded parameters were changed"
@@ -204,12 +217,14 @@ class Fold:
         model = self.model
         params,buffers = _numel(model.parameters()),_numel(model.buffers())
         self.plan = self._make_plan()
-        if self.folder.verify and self._verifiable() and self.plan.steps: self._prove()
+        if self.folder.verify and self._verifiable() and self.changes(): self._prove()
         else: self.apply(self.plan.steps, new_parameters(self.program, self.plan.steps, self.plan.state.gone))
-        notes = [*notes_of(self.plan.steps, self.computed), *self._caveats()]
+        notes = [*self.notes(), *self._caveats()]
         return FoldReport(self.plan.rows, params, _numel(self.target.parameters()), buffers, _numel(self.target.buffers()),
             self._local_error(), self._output_error(), notes=notes, proved=self._proved())
 
+    def changes(self): return bool(self.plan.steps)
+    def notes(self): return notes_of(self.plan.steps, self.computed)
     def _make_plan(self): return make_plan(self.program, self.folder.costly, self.folder.clamps, self.model, self.without)
     def _verifiable(self): return all(o.numel() for o in leaves(self.args) if isinstance(o, Tensor))
     def apply(self, steps, parameters):
@@ -222,15 +237,17 @@ class Fold:
 @patch
 def _prove(self:Fold):
     "Fold, and leave out what cannot be proved, until the rest is"
-    while self.plan.steps:
+    while self.changes():
         wrong = self._prove_locally() or self._prove_globally()
         if not wrong: return
         self.without |= wrong
         self.plan = self._make_plan()
     self.apply([], {})
+    self.proof = self.evidence = None # nothing is left to prove
 
 @patch
 def _prove_locally(self:Fold):
+    if not self.plan.steps: return {}
     self.proof = prove_locally(self.program, self.plan.steps, self.plan.state)
     apart = max_err(list(self.program.outputs), self.proof.outputs)
     if apart>tolerance(self.proof.outputs, 0): raise TraceError(
@@ -249,9 +266,15 @@ def _prove_globally(self:Fold):
     return {path: (why, 'proof failed') for path,why in failed.items()}
 
 @patch
-def _parameters(self:Fold, steps):
+def _stored(self:Fold):
+    "The new parameters that the local proof has made"
     known = {}
-    for parameters in self.proof.parameters.values(): known |= parameters
+    for parameters in self.proof.parameters.values() if self.proof else (): known |= parameters
+    return known
+
+@patch
+def _parameters(self:Fold, steps):
+    known = self._stored()
     wanted = edits_of(steps, self.plan.state.gone)
     missing = [step for step in steps if any(isinstance(e, Absorb) and e.absorber.weight in wanted and e.absorber.weight not in known for e in step.edits)]
     return new_parameters(self.program, steps, self.plan.state.gone) if missing else known
@@ -263,8 +286,7 @@ def _compare(self:Fold, steps):
     wrong = self.evidence.compare(self.target, steps, self.swaps.removed)
     if self.evidence.strange and not wrong: # the first run may have been another (it fills a cache)
         self.swaps.undo()
-        try: self.evidence.renew()
-        finally: self.swaps.redo()
+        with surely(self.swaps.redo): self.evidence.renew()
         wrong = self.evidence.compare(self.target, steps, self.swaps.removed)
     if wrong: return wrong
     if self._is_close() and not self.evidence.strange: return {}
@@ -275,8 +297,7 @@ def _is_close(self:Fold):
     "Are the outputs as close as rounding lets them be?"
     err = self.evidence.allowed_at
     tensors = [o for recorded in self.evidence.before.values() for o in recorded.values]
-    stored_in = [p for parameters in self.proof.parameters.values() for p in parameters.values()]
-    if err<=tolerance(tensors+stored_in, len(self.plan.steps)): return True
+    if err<=tolerance([*tensors, *self._stored().values()], len(self.plan.steps)): return True
     if self.own is None: self.own = self._own_amplification()
     return err<=4*self.own
 
@@ -284,8 +305,7 @@ def _is_close(self:Fold):
 def _own_amplification(self:Fold):
     "How far the outputs of the unfolded model move if its weights move by one rounding"
     self.swaps.undo()
-    try: return amplification(self.model, [(self.args, self.example.values)])
-    finally: self.swaps.redo()
+    with surely(self.swaps.redo): return amplification(self.model, [(self.args, self.example.values)])
 
 @patch
 def _search_for_wrong(self:Fold, steps):
@@ -303,7 +323,7 @@ def _search_for_wrong(self:Fold, steps):
         f"Folding `{path}` and others changed the model's outputs by {apart:.1e} of their magnitude. {strange} Nothing was folded. "
         "A `forward` probably does something that depends on its parameters beside the traced operations.")
     why = strange or f"its fold changes the outputs by {apart:.1e} for {self._worst()}, more than rounding does"
-    return {path: f"the fold could not be proved: {why}. Its `forward`, or that of a layer beside it, does something that the run on the example does not show"}
+    return {path: f"the fold could not be proved: {why}. Its `forward`, or that of a layer beside it, does something that the traced operations do not show"}
 
 @patch
 def _worst(self:Fold): return max(self.evidence.channel_errors, key=self.evidence.channel_errors.get, default='the example')
@@ -318,13 +338,15 @@ def _is_right(self:Fold, steps):
 
 # %% ../../nbs/fold/11_folder.ipynb #4b7be73b
 def notes_of(steps, computed:set) -> list:
-    "What a user should know of a plan, beside its rows; `computed`: the layers that compute their weights"
+    "What a user should know of a plan for modules, beside its rows; `computed`: the layers that compute their weights"
     layers = dict.fromkeys(edit.path for edit in all_edits(steps, Absorb))
     baked_in = [path for path in layers if path in computed]
-    clamps = {edit.path for edit in all_edits(steps, Rebound)}
+    n_clamps = len({edit.path for edit in all_edits(steps, Rebound)})
     notes = []
     if baked_in: notes.append(f"Baked in: the weights of {', '.join(baked_in)} are no longer computed at every call.")
-    if clamps: notes.append(f"{len(clamps)} activation{'s'*(len(clamps)>1)} became a `fastai_bnfold.fold.affine.Clamp`: whoever loads the pickled or exported model needs fastai_bnfold.")
+    if n_clamps: notes.append(
+        f"{n_clamps} activation{'s'*(n_clamps>1)} became a `fastai_bnfold.fold.affine.Clamp`: "
+        "whoever loads the pickled or exported model needs fastai_bnfold.")
     return notes
 
 @patch
@@ -337,7 +359,7 @@ def _caveats(self:Fold) -> list:
     if not self.folder.verify: notes.append('Not verified (`verify=False`): a fold that is wrong goes unnoticed.')
     elif not self._verifiable(): notes.append('Not verified: the batch is empty.')
     elif not self.example.values: notes.append("The model's output holds no numbers: the outputs could not be compared (each fold was proved alone).")
-    if self.own is not None: notes.append(
+    if self.own is not None and self.proof: notes.append(
         f"This network amplifies rounding: its outputs move by {self.own:.1e} if each of its weights moves by one rounding. "
         f"Folded, they are {self.evidence.allowed_at:.1e} apart, though every fold was proved (largest error {self.proof.largest:.1e}).")
     if self.proof and self.proof.unchecked: notes.append(f"Could not be computed in float64: {', '.join(map(self.program.where, list(self.proof.unchecked)[:3]))}.")
@@ -355,15 +377,17 @@ def _local_error(self:Fold): return self.proof.largest if self.proof and self.pl
 @patch
 def _output_error(self:Fold):
     if not self.folder.verify or not self._verifiable(): return None
-    if not self.plan.steps: return 0.
+    if self.evidence is None: return 0.
     return self.evidence.largest if self.example.values else None
 
 @patch
 def _proved(self:Fold) -> list:
     "What was proved, one sentence each"
-    if not self.proof or not self.evidence: return []
-    n,kinds = len(self.proof.errors),list(self.evidence.errors)
-    proved = [f"{n} operations that the fold touches were computed as they were and as they are, in float64, on the values that ran: largest error {self.proof.largest:.1e}, relative to a channel."]
+    if not self.evidence: return []
+    kinds,proved = list(self.evidence.errors),[]
+    if self.proof: proved.append(
+        f"{len(self.proof.errors)} operations that the fold touches were computed as they were and as they are, in float64, "
+        f"on the values that ran: largest error {self.proof.largest:.1e}, relative to a channel.")
     if self.structural: proved.append(f"The folded model runs the planned operations, and no others, on: {', '.join(kinds)}.")
     if self.example.values: proved.append('Outputs: ' + ', '.join(f"{kind} {self.evidence.errors[kind]:.1e}" for kind in kinds) + ' (largest difference over the largest magnitude).')
     if self.evidence.untried: proved.append(f"Not tried: another {', another '.join(self.evidence.untried)} (the model takes none, or has none).")

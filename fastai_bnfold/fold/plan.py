@@ -418,6 +418,11 @@ def _in_words(reasons):
     kinds = dict.fromkeys(stop.kind for stop in (back, fore) if stop)
     return f"backward, it stops at {back}; forward, it stops at {fore}", ' / '.join(kinds)
 
+def _kept_row(bn, reasons):
+    "A row for a BN that stays"
+    reason,kind = (bn.reason, bn.kind) if bn.reason else _in_words(reasons[bn])
+    return Row(bn.path, reason=reason, kind=kind, calls=max(1, len(bn.chains)))
+
 def _resolve(paths, into):
     "`paths`, with every folded BN replaced by where it went"
     res = []
@@ -425,6 +430,11 @@ def _resolve(paths, into):
         others = {k: v for k,v in into.items() if k!=path}
         res += _resolve(into[path], others) if path in into else [path]
     return list(dict.fromkeys(res))
+
+def _follow(rows):
+    "A BN that took in another may have gone later: where did the other end?"
+    into = {row.bn: row.into for row in rows if row.folded}
+    for row in rows: row.into = _resolve(row.into, into)
 
 def _never_ran(program, model):
     "A row for every BN of the model that did not run"
@@ -478,15 +488,10 @@ def make_plan(
     with deep():
         planner.fold_all([bn for bn in bns if bn.is_bn and not bn.reason])
         planner.fold_all([bn for bn in bns if not bn.is_bn and not bn.reason])
-    rows = planner.rows
-    for bn in bns:
-        if bn in rows or not bn.is_bn: continue
-        reason,kind = (bn.reason, bn.kind) if bn.reason else _in_words(planner.reasons[bn])
-        rows[bn] = Row(bn.path, reason=reason, kind=kind, calls=max(1, len(bn.chains)))
-    into = {row.bn: row.into for row in rows.values() if row.folded}
-    for row in rows.values(): row.into = _resolve(row.into, into) # a BN that took in another may have gone later
-    kept = [bn for bn in bns if bn in rows]
-    _mark_graph(program, planner.state, kept, rows, costly, clamps)
-    shown = [rows[bn] for bn in kept if bn.is_bn or rows[bn].folded]
-    if model is not None: shown += _never_ran(program, model)
-    return FoldPlan(shown, _in_place(View(program, planner.state), planner.steps), program=program, state=planner.state)
+    rows = planner.rows | {bn: _kept_row(bn, planner.reasons) for bn in bns if bn.is_bn and bn not in planner.rows}
+    _follow(rows.values())
+    shown = [bn for bn in bns if bn in rows]
+    _mark_graph(program, planner.state, shown, rows, costly, clamps)
+    listed = [rows[bn] for bn in shown if bn.is_bn or rows[bn].folded]
+    if model is not None: listed += _never_ran(program, model)
+    return FoldPlan(listed, _in_place(View(program, planner.state), planner.steps), program=program, state=planner.state)

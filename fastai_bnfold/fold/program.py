@@ -52,26 +52,23 @@ class _Calls:
 
     @contextmanager
     def recording(self):
-        hooks = []
-        try:
-            hooks.append(nn.modules.module.register_module_forward_pre_hook(self.enter))
-            hooks.append(nn.modules.module.register_module_forward_hook(self.leave))
+        with hooks() as handles:
+            handles.append(nn.modules.module.register_module_forward_pre_hook(self.enter))
+            handles.append(nn.modules.module.register_module_forward_hook(self.leave))
             for module in self.paths:
-                if module._forward_pre_hooks: hooks.append(module.register_forward_pre_hook(self.begin))
+                if module._forward_pre_hooks: handles.append(module.register_forward_pre_hook(self.begin))
             yield self
-        finally:
-            for hook in hooks: hook.remove()
 
 # %% ../../nbs/fold/03_program.ipynb #ce38a5c0
 @contextmanager
 def out_of_place(model:nn.Module):
     "While active, no module of `model` with a flag `inplace` works in place"
     flagged = [m for m in model.modules() if getattr(m, 'inplace', None) is True]
-    try:
+    def restore():
+        for module in flagged: module.inplace = True
+    with surely(restore):
         for module in flagged: module.inplace = False
         yield
-    finally:
-        for module in flagged: module.inplace = True
 
 def _still_alive(known):
     "The tensors, made by the model in the trace that runs, which are still alive and none of the `known` ones"
@@ -99,7 +96,7 @@ class _Asked:
     def name_of(self, tensor:Tensor) -> str|None:
         "The full name of a parameter or buffer (the first, if it has several), None if it has none"
         places = self.registered(tensor)
-        return '.'.join(filter(None, places[0][:2])) if places else None
+        return dotted(*places[0][:2]) if places else None
     def tensor_named(self, name:str) -> Tensor|None:
         "The parameter or buffer of this full name; None if nothing of this name was read"
         return self._named.get(name)
@@ -192,7 +189,7 @@ class _Homes(_Values):
     def label(self, node:Node) -> str:
         "A name for `node`: the path of its module if it is alone there, else that of the operator in the module"
         path = getattr(self.call(node), 'path', '')
-        return path if self.is_alone(node) else '.'.join(filter(None, (path, op_name(node))))
+        return path if self.is_alone(node) else dotted(path, op_name(node))
     def where(self, node:Node) -> str:
         "`node` in words: the layer if it is one, else the op and the module whose `forward` calls it"
         if node in self._tensors: return "a constant or parameter"
@@ -281,15 +278,14 @@ def _set_readers(self:Program):
             for leaf in read: self._readers.setdefault(id(self._tensors[leaf]), []).append(node)
 
 # %% ../../nbs/fold/03_program.ipynb #1257260e
-def _places_of(model):
+def _places_of(paths):
     "id of a tensor → every `(path, name, is it a parameter?)` at which it is registered, once per module"
-    paths,places = {},{}
-    for path,module in model.named_modules(): paths.setdefault(module, path)
+    places = {}
     for module,path in paths.items():
         for table in (module._parameters, module._buffers):
             for name,tensor in table.items():
                 if tensor is not None: places.setdefault(id(tensor), []).append((path, name, table is module._parameters))
-    return paths, places
+    return places
 
 def _one_fake_mode():
     "The tracer notes shapes as fake tensors, and makes a mode for each, unless it finds one: half of its time"
@@ -301,7 +297,7 @@ def program_of(
     inplace:bool=False   # Let modules with a flag `inplace` work in place, as they do when the model runs?
 ) -> Program:
     "The dataflow of one run of `model`; a `TraceError` if it cannot be had"
-    paths,places = _places_of(model)
+    paths = paths_of(model)
     args,calls,seen = fresh(args),_Calls(paths),{}
     inputs = []
     map_tensors(inputs.append, args)
@@ -322,7 +318,7 @@ def program_of(
     tensors = {node: getattr(gm, node.target) for node in nodes if node.op=='get_attr'}
     vals = {node: node.meta['val'] for node in nodes if 'val' in node.meta} | {node: tensor for node,tensor in tensors.items()}
     scripted = frozenset(path for module,path in paths.items() if isinstance(module, torch.jit.ScriptModule))
-    return Program(gm, inputs, tensors, places, vals, calls.owner, tuple(calls.calls), tuple(seen['out']), kept, scripted)
+    return Program(gm, inputs, tensors, _places_of(paths), vals, calls.owner, tuple(calls.calls), tuple(seen['out']), kept, scripted)
 
 # %% ../../nbs/fold/03_program.ipynb #c9d98692
 class _Run(torch.fx.Interpreter):

@@ -6,7 +6,6 @@
 __all__ = ['is_sum', 'Term', 'Sum', 'top_sum', 'beside', 'residual']
 
 # %% ../../nbs/fold/05_sums.ipynb #3c4bc279
-import torch
 from dataclasses import dataclass
 from torch.fx import Node
 from .affine import *
@@ -86,6 +85,7 @@ def _is_centred(view, node, source) -> bool:
     "Is `node` a layer of `source` with a tap for each value itself: as many outputs as inputs, in the same places?"
     if not isinstance(node, Node) or not (is_conv(node) or op_name(node)=='linear'): return False
     if view.origin(node.args[0]) is not source or view.shape(node)!=view.shape(source): return False
+    if view.dtype(node)!=view.dtype(source): return False # it would lose digits in the layer
     if op_name(node)=='linear': return True
     n_out,n_in,*kernel = view.shape(arguments(node)['weight'])
     return n_out==n_in*arguments(node)['groups'] and _keeps_size(view, node, kernel)

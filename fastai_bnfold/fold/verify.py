@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['local_bound', 'Claim', 'claims_of', 'LocalProof', 'reads_shape_only_of_all', 'steps_at', 'prove_locally', 'Recorded',
-           'paths_of', 'record', 'Changed', 'wrong_ways', 'perturbed', 'other_inputs', 'max_err', 'channel_err',
-           'tolerance', 'amplification']
+           'record', 'Changed', 'wrong_ways', 'perturbed', 'another_batch', 'another_length', 'ways_to_resize',
+           'other_values', 'max_err', 'channel_err', 'tolerance', 'amplification']
 
 # %% ../../nbs/fold/10_verify.ipynb #6fc8936d
-import torch
+import itertools, torch
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from torch import nn, Tensor, inf
 from torch.fx import Node
 from torch.fx.node import map_arg
@@ -289,13 +290,11 @@ class _Recorder(TorchDispatchMode):
 
 @contextmanager
 def _hooked(recorder):
-    hooks,register = [],nn.modules.module
-    try:
-        hooks.append(register.register_module_forward_pre_hook(recorder.enter))
-        hooks.append(register.register_module_forward_hook(recorder.leave, always_call=True))
+    register = nn.modules.module
+    with hooks() as handles:
+        handles.append(register.register_module_forward_pre_hook(recorder.enter))
+        handles.append(register.register_module_forward_hook(recorder.leave, always_call=True))
         with recorder: yield
-    finally:
-        for hook in hooks: hook.remove()
 
 @dataclass
 class Recorded:
@@ -304,12 +303,6 @@ class Recorded:
     out:object   # As the model returned it
     events:list  # (path of the module, operator), or (path, None) for the call of a module
     counts:dict  # Path of a module → number of its calls
-
-def paths_of(model) -> dict:
-    "Module → its (first) path"
-    paths = {}
-    for path,module in model.named_modules(): paths.setdefault(module, path)
-    return paths
 
 def record(model:nn.Module, args:tuple, removed:dict=None) -> Recorded:
     "Run `model`, and write down what runs; `removed`: modules that should not run any more, and their paths"
@@ -375,46 +368,55 @@ def perturbed(args:tuple, noise:float=0.1, seed:int=0) -> tuple:
         return o + (noise*std*torch.randn(o.shape, generator=generator)).to(o.device, o.dtype)
     return map_tensors(jitter, args)
 
-def _another_batch(o):
+def another_batch(args:tuple) -> tuple:
     "One item where there are more, two where there is one"
-    if not o.ndim: return o
-    return o[:1] if len(o)>1 else torch.cat([o,o])
+    def other(o):
+        if not o.ndim: return o
+        return o[:1] if len(o)>1 else torch.cat([o,o])
+    return map_tensors(other, args)
 
-def _is_image(o): return o.ndim in (4,5) and o.is_floating_point() and o.shape[-1]>1 and o.shape[-2]>1
+def another_length(x):
+    "`x` with lists of tensors one shorter, or of one twice as long; None if there is no list"
+    if isinstance(x, tuple): parts = [another_length(o) for o in x]
+    elif isinstance(x, list) and x and isinstance(x[0], Tensor): return x[:-1] if len(x)>1 else [*x, *x]
+    else: return None
+    if all(part is None for part in parts): return None
+    return tuple(o if part is None else part for o,part in zip(x, parts))
 
-def _resized(o, change):
-    "An image of another size, made of the same values"
-    if not _is_image(o): return o
-    height,width = (change(size) for size in o.shape[-2:])
-    rows = torch.arange(height, device=o.device)%o.shape[-2]
-    columns = torch.arange(width, device=o.device)%o.shape[-1]
-    return o[..., rows, :][..., columns]
+# %% ../../nbs/fold/10_verify.ipynb #e864ab18
+def _smaller(size): return max(1, (size//2-1)//2*2+1) # odd: what halves it rounds
+def _larger(size): return (int(1.2*size)+1)//2*2+1
+def _less(size): return size-32 if size>64 else size+64
+def _more(size): return size+32
 
-def _smaller(size): return max(1, (int(.6*size)-1)//2*2+1) # odd: what halves it rounds
-def _larger(size): return (int(1.3*size)+1)//2*2+1
-def _multiple(size): return size//2 if size%64==0 and size>64 else size+32
+def _behind_channels(o): return [dim for dim in range(2, o.ndim) if o.shape[dim]>1]
+def _before_features(o): return [1] if o.ndim in (2,3) and o.shape[1]>1 else []
 
-def other_inputs(args:tuple, looks:bool=False) -> list:
-    "Lists of pairs `(what is other, arguments)`, alternatives of which the first that the model takes is enough"
-    noisy = perturbed(args)
-    one,batch = map_tensors(_first, noisy),map_tensors(_another_batch, noisy)
-    def sized(o, change): return map_tensors(lambda t: _resized(t, change), o)
-    batches = [('other values and batch size', batch), ('other values', noisy)]
-    kinds = [batches]
-    if any(_is_image(o) for o in _tensors(args)):
-        both = [('other values, batch and image size', sized(batch, change)) for change in (_smaller, _larger, _multiple)]
-        sizes = [('another image size', sized(one, change)) for change in (_smaller, _larger, _multiple)]
-        kinds = [both + batches, sizes]
-    if looks:
-        def scaled(k): return map_tensors(lambda o: k*o if o.is_floating_point() else o, args)
-        kinds += [[('opposite values', scaled(-1))], [('zeros', scaled(0))], [('very different values', perturbed(args, 3., 1))]]
-    return kinds
+def _resized(args, dims, changes):
+    "`args`, made of the same values: the `dims` of every tensor get other sizes, by the `changes` in turn"
+    def other(o):
+        for dim,change in zip(dims(o), itertools.cycle(changes)):
+            size = o.shape[dim]
+            o = o.index_select(dim, torch.arange(change(size), device=o.device)%size)
+        return o
+    return map_tensors(other, args)
 
-def _first(o): return o[:1] if o.ndim else o
-def _tensors(args):
-    found = []
-    map_tensors(found.append, args)
-    return found
+def ways_to_resize(args:tuple) -> list:
+    "Pairs of functions that change the sizes of inputs, the second the other way round: of the ways that make sense for `args` the best first"
+    tensors = tensors_of(args)
+    ways = []
+    def add(dims, changes): ways.append(tuple(partial(_resized, dims=dims, changes=c) for c in (changes, changes[::-1])))
+    if any(map(_behind_channels, tensors)):
+        add(_behind_channels, (_smaller, _larger))
+        add(_behind_channels, (_less, _more))
+        if any(len(_behind_channels(o))>1 for o in tensors): add(_behind_channels, (_more, _more))
+    if any(map(_before_features, tensors)): add(_before_features, (_smaller, _larger))
+    return ways
+
+def other_values(args:tuple) -> dict:
+    "What is other → arguments, for a model that looks at its data"
+    def scaled(k): return map_tensors(lambda o: k*o if o.is_floating_point() else o, args)
+    return {'opposite values': scaled(-1), 'zeros': scaled(0), 'very different values': perturbed(args, 3., 1)}
 
 # %% ../../nbs/fold/10_verify.ipynb #a4ac77b2
 def max_err(
@@ -449,10 +451,10 @@ def amplification(model:nn.Module, batches:list) -> float:
     """How far the outputs move if each parameter moves by one rounding; `batches`: pairs of arguments and outputs; 0 where that cannot be measured.
     The last bit of each number is turned over, and back: no copy of the model, and nothing is left changed"""
     flipped = []
-    try:
+    def restore():
+        while flipped: flipped.pop().bitwise_xor_(1)
+    with surely(restore):
         for p in model.parameters():
             if p.is_floating_point() and p.element_size() in _words: flipped.append(_flip_last_bits(p))
-        return max(channel_err(before, run(model, args)) for args,before in batches)
-    except TraceError: return 0.
-    finally:
-        for bits in flipped: bits.bitwise_xor_(1)
+        try: return max(channel_err(before, run(model, args)) for args,before in batches)
+        except TraceError: return 0.

@@ -11,7 +11,6 @@ from fastai.callback.core import Callback
 from fastcore.imports import in_notebook
 from IPython.display import display
 from .fold import *
-from .refuse import *
 
 # %% ../../nbs/learner/05_callback.ipynb #46efb80b
 class FoldBN(Callback):

@@ -16,6 +16,7 @@ from fastai.torch_core import find_bs, no_random
 from fastcore.foundation import L
 from ..errors import *
 from ..fold.inputs import evaluating
+from .fold import is_folded
 from .validate import callbacks_kept
 
 # %% ../../nbs/learner/02_training.ipynb #1ea75c03
@@ -132,6 +133,6 @@ def require_positive(**counts):
 
 def require_unfolded(learn):
     "A `FoldedError` if the Learner is folded"
-    if getattr(learn.model, 'bn_folded', False): raise FoldedError(
+    if is_folded(learn): raise FoldedError(
         "This Learner is folded: its batch norms and their statistics are gone. "
         "Call `learn.unfold_bn()` first, and fold again afterwards.")

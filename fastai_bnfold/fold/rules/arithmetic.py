@@ -8,7 +8,7 @@ __all__ = ['sum_ops', 'product_ops', 'summands', 'constants_sum', 'sum_backward'
 
 # %% ../../../nbs/fold/rules/05_arithmetic.ipynb #8b4c061e
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Node
 from ..affine import *
 from ..ops import *
@@ -43,28 +43,38 @@ def _who_takes(view, node, terms, candidates, shift):
         reasons.append(why)
     return None, reasons
 
+def _checked_summands(view, node):
+    "The summands, if a map can pass the sum at all"
+    terms = summands(view, node)
+    if any(isinstance(c, Node) or c==0 for c in terms.values()):
+        raise Stop(f"{view.where(node)}, whose summands cancel", 'sum')
+    if any(isinstance(x, Node) and not view.is_tensor(x) for x in terms):
+        raise Stop(f"{view.where(node)}, to which a size is added", 'size')
+    return terms
+
+def _split_among(terms, values, shift, reasons):
+    "Value → its share of a shift that none of the `values` takes alone, because others read it: all of them may want the same"
+    whole = sum(terms[x] for x in values)
+    read_elsewhere = sum(why.kind=='read elsewhere' for why in reasons)
+    if len(values)<2 or read_elsewhere<2 or whole==0: raise reasons[0]
+    return dict.fromkeys(values, shift/whole)
+
 @backward(*sum_ops)
 def sum_backward(view, node, amap):
     "`s·Σcx+t = Σc·(s·x) + t`, the shift to whichever summand can take it"
-    terms = summands(view, node)
-    if any(isinstance(c, Node) or c==0 for c in terms.values()): raise Stop(f"{view.where(node)}, whose summands cancel", 'sum')
-    if any(isinstance(x, Node) and not view.is_tensor(x) for x in terms): raise Stop(f"{view.where(node)}, to which a size is added", 'size')
+    terms = _checked_summands(view, node)
     values = [x for x in terms if is_value(view, x)]
-    constants = [x for x in terms if x not in values]
-    parameters = [x for x in constants if isinstance(x, Node)]
-    shift = amap.shift + (amap.scale-1)*constants_sum(view, node, terms, constants)
-    if not (shift!=0).any(): return _shares(view, node, amap.scale, {x: 0*shift for x in values})
+    numbers = [x for x in terms if not isinstance(x, Node)]
+    parameters = [x for x in terms if x not in values and x not in numbers]
+    def shift_beside(fixed): return amap.shift + (amap.scale-1)*constants_sum(view, node, terms, fixed)
+    shift = shift_beside([*numbers, *parameters])
+    if not (shift!=0).any(): return _shares(view, node, amap.scale, dict.fromkeys(values, 0*shift))
     taker,reasons = _who_takes(view, node, terms, values, shift)
-    if taker is None and parameters:
-        rest = [x for x in constants if x not in parameters]
-        moved = amap.shift + (amap.scale-1)*constants_sum(view, node, terms, rest)
-        takes,_ = _who_takes(view, node, terms, parameters, moved+1) # (any shift will do to ask)
-        if takes is not None: return _shares(view, node, amap.scale, _given_to(takes, [*values, *parameters], moved, terms))
     if taker is not None: return _shares(view, node, amap.scale, _given_to(taker, values, shift, terms))
-    whole = sum(terms[x] for x in values)
-    of_one = sum(why.kind=='read elsewhere' for why in reasons)>1
-    if len(values)<2 or not of_one or whole==0: raise reasons[0]
-    return _shares(view, node, amap.scale, dict.fromkeys(values, shift/whole))
+    shift_then = shift_beside(numbers) # a parameter that takes the shift is scaled, too
+    taker,_ = _who_takes(view, node, terms, parameters, shift_then+1) # (any shift will do to ask)
+    if taker is not None: return _shares(view, node, amap.scale, _given_to(taker, [*values, *parameters], shift_then, terms))
+    return _shares(view, node, amap.scale, _split_among(terms, values, shift, reasons))
 
 def _given_to(taker, values, shift, terms): return {x: shift/terms[x] if x is taker else 0*shift for x in values}
 

@@ -8,9 +8,9 @@ __all__ = ['parameter', 'absorber', 'is_conv', 'is_transposed', 'conv_layer', 'c
 
 # %% ../../../nbs/fold/rules/01_linear.ipynb #62ac44ef
 import torch
-from torch import nn
 from torch.fx import Node
 from ..affine import *
+from ..inputs import dotted
 from ..ops import *
 from ..state import *
 from .registry import *
@@ -26,7 +26,7 @@ def _source(view, node, arg, what):
     [leaf] = leaves
     places = torch.arange(view.shape(leaf).numel(), dtype=torch.float64).view(view.shape(leaf))
     seen = view.evaluate_on(arg, {leaf: places})
-    moved = torch.rand_like(places)
+    moved = torch.rand(places.shape, generator=torch.Generator().manual_seed(0), dtype=places.dtype)
     only_moves = torch.equal(view.evaluate_on(arg, {leaf: moved}).flatten(), moved.flatten()[_whole(seen, places)])
     if not only_moves: raise Stop(f"{at}, whose {what} is computed anew at every call", 'computed weight')
     return leaf, seen.long().flatten()
@@ -43,7 +43,7 @@ def _check(view, node, tensor, what):
     if not places: raise Stop(f"{at}, whose {what} is not a parameter of the model", 'computed weight')
     if len(places)>1 and not view.free:
         mine = getattr(view.call(node), 'path', None)
-        others = ['.'.join(filter(None, place[:2])) for place in places if place[0]!=mine]
+        others = [dotted(*place[:2]) for place in places if place[0]!=mine]
         raise Stop(f"{at}, whose {what} is tied: it is also `{'`, `'.join(others)}`", 'tied weight')
     if not places[0][2]: raise Stop(f"{at}, whose {what} is a buffer, not a parameter", 'computed weight')
     if view.in_torchscript(places[0][0]): raise Stop(f"{at}, whose {what} TorchScript compiled in", 'TorchScript')
@@ -60,7 +60,7 @@ def parameter(view, node:Node, arg, what:str) -> tuple:
 def _bias_place(view, node, weight):
     "Full name of the bias that the layer could have, or None"
     path,_,name = weight.rpartition('.')
-    made = '.'.join(filter(None, (path, 'bias' if name=='weight' else f'{name}_bias')))
+    made = dotted(path, 'bias' if name=='weight' else f'{name}_bias')
     if view.free: return made if view.tensor_named(made) is None else f'{made}_folded'
     call = view.call(node)
     owns = call is not None and call.path==path and call.module._parameters.get('bias', 0) is None
@@ -178,10 +178,11 @@ def _spread(name): return Stop(f"`{name}`, which is broadcast to places with dif
 
 def _through(amap, order, shape, own, name):
     "The map on a parameter of shape `own` that is read as `shape` through views: each element must meet one map only"
-    res = []
-    for part,rest in ((amap.scale, 1.), (amap.shift, 0.)):
-        met,part = torch.full(own, torch.nan, dtype=torch.float64).flatten(),part.expand(shape).flatten()
-        met[order] = part
-        if not torch.equal(met[order], part): raise _spread(name)
-        res.append(torch.where(met.isnan(), rest, met).view(own))
-    return Affine(*res)
+    def met_by_each(part):
+        met = torch.full((own.numel(),), torch.nan, dtype=torch.float64)
+        if not meets_one(met, order, part.expand(shape).flatten()): raise _spread(name)
+        return met.view(own)
+    amap = collapsed(Affine(met_by_each(amap.scale), met_by_each(amap.shift))) # what is not read here may be, for another size
+    if amap.scale.isnan().any() or amap.shift.isnan().any(): raise Stop(
+        f"`{name}`, of which only a part was read: which map the rest would meet, for an input of another size, cannot be told", 'read in part')
+    return amap

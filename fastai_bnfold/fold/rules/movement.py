@@ -8,7 +8,7 @@ __all__ = ['items', 'identity_backward', 'identity_forward', 'call_op', 'is_move
 
 # %% ../../../nbs/fold/rules/03_movement.ipynb #ee058238
 import operator, torch
-from torch import Tensor, inf, nan
+from torch import Tensor, nan
 from torch.fx import Node
 from torch.fx.node import map_arg
 from ..affine import *
@@ -17,20 +17,17 @@ from ..state import *
 from .registry import *
 
 # %% ../../../nbs/fold/rules/03_movement.ipynb #3f187874
-_identities = ('dropout','feature_dropout','alpha_dropout','feature_alpha_dropout','clone','detach','alias','contiguous',
-               'lift_fresh','to','_to_copy')
-
 def _check_identity(view, node):
     if view.is_identity(node): return
     if arguments(node).get('train'): raise Stop(f"{view.where(node)}, which drops values at test time too", 'random')
     raise Stop(f"{view.where(node)}, which makes integers", 'dtype')
 
-@backward(*_identities)
+@backward(*identity_ops)
 def identity_backward(view, node, amap):
     _check_identity(view, node)
     return [(node.args[0], amap)]
 
-@forward(*_identities)
+@forward(*identity_ops)
 def identity_forward(view, node, amap, source):
     _check_identity(view, node)
     return [(node, amap)]
@@ -128,9 +125,7 @@ def _met(view, node, part, rest, out, item, size):
     if item is not None:
         for other in out: met[other.long().flatten()] = rest
     places = (out if item is None else out[item]).long()
-    part = part.expand(places.shape).flatten()
-    met[places.flatten()] = part
-    if not torch.equal(met[places.flatten()], part):
+    if not meets_one(met, places.flatten(), part.expand(places.shape).flatten()):
         raise Stop(f"{view.where(node)}, which sends one value to places with different maps", 'differs by position')
     return met
 

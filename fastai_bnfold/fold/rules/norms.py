@@ -6,7 +6,6 @@
 __all__ = ['bn_ops', 'is_bn', 'running', 'value_of', 'gamma_of', 'norm_backward', 'layer_norm_backward', 'norm_forward']
 
 # %% ../../../nbs/fold/rules/02_norms.ipynb #766534fd
-import torch
 from torch.fx import Node
 from ..affine import *
 from ..ops import *

@@ -7,7 +7,7 @@ __all__ = ['items', 'average_backward', 'average_forward', 'maximum_backward', '
            'reduction_backward']
 
 # %% ../../../nbs/fold/rules/04_pooling.ipynb #111e9d48
-import operator, torch
+import operator
 from ..affine import *
 from ..ops import *
 from .registry import *
