@@ -12,7 +12,8 @@ from fastai_bnfold.lab.training import AutocastCPU
 from fastai_bnfold.stats import adapt
 from fastai_bnfold.stats.adapt import auto_prior
 from fastai_bnfold.stats.batch import batch_norms
-from fastai_bnfold.stats.shift import distance
+from fastai_bnfold.stats.shift import distances_of_draws, item_rows
+from fastai_bnfold.stats.unlabelled import unlabelled_dl
 
 def images(n, seed=0, light=1., dtype=torch.float32):
     "Images, each with a brightness of its own"
@@ -106,8 +107,9 @@ def test_distance_is_one_without_a_shift(n):
     "Whatever the number of items, and with BNs that see one value per item, too"
     learn,squares = learner(),[]
     for seed in range(8):
-        with learn.no_bar(): seen,_ = adapt.item_statistics(learn, adapt.unlabelled_dl(learn, images(n, 30+seed)), 64, 64, 0)
-        squares += [distance(moments)**2 for moments in seen.values()]
+        with learn.no_bar(): rows,_ = item_rows(learn, unlabelled_dl(learn, images(n, 30+seed)), 64, 64)
+        far, = distances_of_draws(rows, n, n)
+        squares += [of_bn**2 for of_bn in far.values()]
     assert .6<np.mean(squares)**.5<1.7
 
 def test_sparse_features():
@@ -428,7 +430,7 @@ def test_shift_is_shown(learn):
 @pytest.mark.parametrize('valid', ([], images(1), Stream()))
 def test_shift_without_a_usable_validation_set(valid):
     learn = Learner(DataLoaders(DataLoader(images(64), 8), DataLoader(valid, 8)), net(), loss_func=CrossEntropyLossFlat())
-    shift = quiet(learn.bn_shift, images(16), n=16)
+    shift = quiet(learn.bn_shift, DataLoader(images(16), 16), n=16)
     assert list(shift.reference)==['training'] and shift.times is None and 'training items' in str(shift)
 
 def test_shift_of_more_items_than_there_are(learn):

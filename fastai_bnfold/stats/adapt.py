@@ -15,10 +15,9 @@ from ..errors import *
 from ..learner.training import *
 from .batch import *
 from .item import require_uncorrected
-from .reestimate import stat_moves
 from .restore import *
 from .sampling import *
-from .shift import distance, distance_of_network
+from .shift import *
 from .unlabelled import *
 
 # %% ../../nbs/stats/09_adapt.ipynb #d7954145
@@ -39,15 +38,14 @@ def item_statistics(
     n:int,      # Items, at most
     bs:int,     # Items per batch
     seed:int,   # Of the choice of items
-    prior=None  # Normalize by the statistics of the items so far, with this prior; as it is if None
+    prior:float # Items' worth of the old statistics
 ) -> tuple:     # BN → `ItemMoments`, and how many items there were
-    "What the BNs of the Learner's model get, summed up over items"
+    "What the BNs of the Learner's model get while each normalizes by the statistics of old and of the items so far"
     bns = batch_norms(learn.model)
     seen = {bn: ItemMoments(bn) for bn in bns.values()}
     def collect(path, bn, x):
         moments = seen[bn]
         moments.add(*item_moments(x, moments.mean, moments.scale))
-        if prior is None: return
         if moments.n*x[0,0].numel()<2: raise StatisticsError(
             f"`{path}` gets one value per channel: that has no variance. Give two items at least, and a batch size "
             "(`bs`) of at least 2.")
@@ -73,18 +71,11 @@ def _require_prior(prior):
 
 def _chosen_prior(learn, dl, n, bs, seed):
     "`auto_prior` for these items"
-    seen,n_items = item_statistics(learn, dl, n, bs, seed)
+    rows,n_items = item_rows(learn, dl, n, bs, seed)
     require(n_items>1, "`prior='auto'` takes two items at least (one says nothing of how far items differ); "
             "give more, or a number for `prior`", n_items)
-    return auto_prior(distance_of_network([distance(moments, n_items) for moments in seen.values()]), n_items)
-
-def _require_finite(bns, new):
-    for path,bn in bns.items():
-        if bn not in new: continue
-        finite = all(torch.isfinite(stat).all() for stat in new[bn])
-        if not finite: raise StatisticsError(
-            f"The input of `{path}` on this data is not finite: it has no statistics. Is there a NaN in the data? "
-            "All statistics are as they were.")
+    far, = distances_of_draws(rows, n_items, n_items)
+    return auto_prior(distance_of_network(far), n_items)
 
 # %% ../../nbs/stats/09_adapt.ipynb #5474e5be
 @patch
@@ -102,12 +93,9 @@ def adapt_bn(self:Learner,
     require_uncorrected(self)
     require_positive(n=n, bs=bs)
     _require_prior(prior)
-    bns,dl = batch_norms(self.model),unlabelled_dl(self, data)
+    dl = unlabelled_dl(self, data)
     if prior=='auto': prior = _chosen_prior(self, dl, n, bs, seed)
     seen,n_items = item_statistics(self, dl, n, bs, seed, prior)
     new = {bn: blended(moments, prior, n_items) for bn,moments in seen.items()}
-    _require_finite(bns, new)
-    moves = stat_moves(bns, new)
-    moves['share of the new'] = n_items/(n_items+prior)
-    set_stats(self, new)
-    return moves
+    moves = set_stats(self, new)
+    return moves.assign(**{'share of the new': n_items/(n_items+prior)})
