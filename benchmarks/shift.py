@@ -6,7 +6,7 @@ Networks (`name/seed`) are trained on ImageNette at 64 pixels, which the environ
 the first half of them at 48 pixels. Weights, images and every figure are kept in the folder `cache`, and nothing in it is made again: a run that was stopped goes on where it was.
 `adapt_bn` (with a prior of its own choice, and with fixed ones) gets draws of items from one part of the validation set; each draw is judged by
 another part of the images that none of them is taken from, so that the figures of all draws together are those of all these images (without
-a shift, every draw of the chosen prior is judged by all of them). The same draws go to every prior. All runs are in bfloat16 autocast, except the deployed ones.
+a shift, every draw is judged by all of them). The same draws go to every prior. All runs are in bfloat16 autocast, except the deployed ones.
 """
 import json
 from pathlib import Path
@@ -278,7 +278,7 @@ def of_place(keep, network, learn, alpha, name, severity, images, n_judged, draw
     for method,run in plain.items(): keep((network, name, severity, method), lambda: figures(run(learn, there), y))
     for n,prior in settings(severity, ns):
         n_draws = draws if n<=64 else max(2, draws//5)
-        keep((network, name, severity, f'{n}/{prior}'), lambda: of_draws(learn, items, there, y, n, prior, n_draws, name=='none' and prior=='auto'))
+        keep((network, name, severity, f'{n}/{prior}'), lambda: of_draws(learn, items, there, y, n, prior, n_draws, name=='none'))
 
 def misuse(learn, images, n_judged, n=32):
     "Items of one class only, and of two places: accuracies, beside those of proper items and as trained"
@@ -378,11 +378,12 @@ def as_rows(kept):
 
 def measured(network, images, cache, severities, n_judged, draws, ns):
     "All the figures of one network, and their summary"
-    model,keep = trained(network, images, cache),Kept(Path(cache)/f"{network.replace('/', '_')}.jsonl")
+    model = trained(network, images, cache)
+    keep = Kept(Path(cache)/f"{network.replace('/', '_')}_{n_judged}x{draws}.jsonl")
     learn = learner(model, images)
     x,y = images['val']
     with learn.no_bar():
-        res = dict(validation=keep(('validation',), lambda: figures(outputs(model, normalized(x)), y)))
+        res = dict(n_judged=n_judged, draws=draws, validation=keep(('validation',), lambda: figures(outputs(model, normalized(x)), y)))
         def choose():
             curve = learn.correct_bn()
             if curve.index[curve.chosen][0]: learn.uncorrect_bn()
@@ -424,5 +425,5 @@ def main(
     for network in networks.split(','):
         res = measured(network, images, cache, severities, n_judged, draws, ns)
         found = read()['networks'] | {network: res}
-        out.write_text(json.dumps(dict(machine=machine(), n_judged=n_judged, draws=draws, networks=found)))
+        out.write_text(json.dumps(dict(machine=machine(), networks=found)))
         show(network, res)
