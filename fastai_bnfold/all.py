@@ -2,12 +2,14 @@
 from .errors import *
 from .fold import Affine, BNFolder, FoldPlan, FoldReport, Row
 from .learner import FoldBN # and Learner.fold_bn, Learner.unfold_bn
-from .stats import correct, reestimate # Learner.correct_bn, Learner.uncorrect_bn, Learner.reestimate_bn
+from .stats import adapt, correct, reestimate # Learner.adapt_bn, correct_bn, uncorrect_bn, reestimate_bn
+from .stats import restore # Learner.restore_bn
+from .stats.shift import BNShift # and Learner.bn_shift
 from .deploy import deploy # Learner.deploy
 from .deploy.serve import Deployed
 from .integer.fixed_point import FixedPointBN, fixed_point_bn
 from .integer.net import IntegerNet # and Learner.integer_net
 from .integer.steps import FixedPointError
 
-__all__ = ['BNFolder', 'FoldBN', 'FoldReport', 'FoldPlan', 'Row', 'Affine', 'FoldError', 'StatisticsError', 'TraceError', 'VerificationError',
+__all__ = ['BNFolder', 'BNShift', 'FoldBN', 'FoldReport', 'FoldPlan', 'Row', 'Affine', 'FoldError', 'StatisticsError', 'TraceError', 'VerificationError',
            'FoldedError', 'NoDataError', 'DeployError', 'Deployed', 'FixedPointBN', 'FixedPointError', 'IntegerNet', 'fixed_point_bn']
