@@ -6,7 +6,7 @@
 __all__ = ['round_half_up', 'Ints', 'Sums', 'Learned', 'check_bits', 'int_program', 'IntegerNet', 'nodes_by_name',
            'inputs_to_measure']
 
-# %% ../../nbs/integer/06_net.ipynb #038ffe9e
+# %% ../../nbs/integer/06_net.ipynb #1fd01654
 import copy, torch
 from dataclasses import dataclass
 from torch import nn, Tensor
@@ -25,7 +25,7 @@ from .steps import *
 from .task import *
 from ..learner.training import n_training, training_items
 
-# %% ../../nbs/integer/06_net.ipynb #5fe4c502
+# %% ../../nbs/integer/06_net.ipynb #30527df5
 def round_half_up(x:Tensor) -> Tensor:
     "The nearest whole number, of two the upper one: the rounding of a shift"
     return (x+.5).floor()
@@ -53,7 +53,7 @@ def _real(v):
     if isinstance(v, Tensor) and v.is_floating_point(): return v.double()
     return v
 
-# %% ../../nbs/integer/06_net.ipynb #676972a2
+# %% ../../nbs/integer/06_net.ipynb #87b82198
 def _with_bias(bn, bias):
     "A copy of `bn`, in float64, that subtracts its input's missing bias from the mean"
     bn = copy.deepcopy(bn).double()
@@ -66,7 +66,7 @@ def _only_bias(bias, n_channels):
     if bias is not None: bn.bias.data.copy_(bias)
     return bn
 
-# %% ../../nbs/integer/06_net.ipynb #3c3f1e15
+# %% ../../nbs/integer/06_net.ipynb #9315b685
 @dataclass
 class Learned:
     "What quantization-aware training found"
@@ -115,8 +115,9 @@ class IntegerNet(nn.Module):
         self.weights,self.bns,self.tables,self.clips,self.out_scales,self.out_biases = {},nn.ModuleDict(),{},{},{},{}
         for layer in self.heads.values(): self._add_layer(program, layer, learned)
         self._add_clips(program)
+        self.to(one_param(model).device)
 
-# %% ../../nbs/integer/06_net.ipynb #a639bafd
+# %% ../../nbs/integer/06_net.ipynb #3b275066
 def nodes_by_name(program) -> dict:
     "name → node"
     return {node.name: node for node in program.nodes}
@@ -136,7 +137,7 @@ def _add_weight(self:IntegerNet, program, layer, learned):
     self.weights[layer.head] = weight.to(torch.int8),needs_float64
     return scale, (lo,hi)
 
-# %% ../../nbs/integer/06_net.ipynb #7a26d7ce
+# %% ../../nbs/integer/06_net.ipynb #3b84d153
 @patch
 def _input_of(self:IntegerNet, program, layer, learned):
     "Scale and range of what the quantizer of `layer` gets"
@@ -174,7 +175,7 @@ def normalize(self:IntegerNet, name:str, x:Tensor) -> Tensor:
     quantizer = self.bns[name]
     return exact_bn(x, *quantizer.args) if self.exact else quantizer(x).long()
 
-# %% ../../nbs/integer/06_net.ipynb #06204767
+# %% ../../nbs/integer/06_net.ipynb #8cd98efd
 @patch
 def _add_table(self:IntegerNet, head, layer):
     "What a function gives for every integer"
@@ -191,7 +192,7 @@ def _add_logits(self:IntegerNet, head, bias, scale):
     self.out_scales[head.name] = scale
     if bias is not None: self.out_biases[head.name] = round_half_up(bias/scale).long()
 
-# %% ../../nbs/integer/06_net.ipynb #a5716b21
+# %% ../../nbs/integer/06_net.ipynb #84b9eb83
 def _integer_bound(bound, scale):
     if bound is None: return None
     return round_half_up(torch.as_tensor(bound, dtype=torch.float64)/scale).long()
@@ -211,7 +212,7 @@ def _clip(net, name, x):
         if bound is not None: x = limit(x, bound.to(x.device))
     return x
 
-# %% ../../nbs/integer/06_net.ipynb #881d5d66
+# %% ../../nbs/integer/06_net.ipynb #5d893ce1
 def _sum_products(net, node, x):
     "A convolution or linear layer of integers: its sums"
     weight,needs_float64 = net.weights[node.name]
@@ -230,7 +231,7 @@ def _compute(net, layer, node, args):
     divisor = divisor_of(node, x.shape, y.shape)
     return Sums((y*divisor).round().long(), divisor)
 
-# %% ../../nbs/integer/06_net.ipynb #a95bc6fb
+# %% ../../nbs/integer/06_net.ipynb #d5936ec3
 @patch
 def average_of(self:IntegerNet, layer:Layer, divisor:int) -> str:
     "The name of the quantizer of a layer that averages over `divisor` values"
@@ -260,7 +261,7 @@ def _as_real(net, node, sums):
     if bias is not None: x = x+bias.to(x.device).view(-1,*[1]*(x.ndim-2))
     return x.double()*net.out_scales[node.name]
 
-# %% ../../nbs/integer/06_net.ipynb #06f31572
+# %% ../../nbs/integer/06_net.ipynb #3bbf9253
 def _move(net, node, args, kwargs):
     "What works on integers as it does on real numbers"
     name,scale = node.name,net.scale[node.name]
@@ -271,7 +272,7 @@ def _move(net, node, args, kwargs):
     if op_name(node)=='cat': return Ints(_clip(net, name, res.long()), scale)
     return tree_map(lambda v: Ints(v.long(), scale) if isinstance(v, Tensor) else v, res)
 
-# %% ../../nbs/integer/06_net.ipynb #37109c2f
+# %% ../../nbs/integer/06_net.ipynb #ef16c3cd
 class _Integers(Interpreter):
     "Run the graph with integers where `net` has them"
     def __init__(self, net, see):
@@ -309,7 +310,7 @@ def forward(self:IntegerNet, *args, see=None):
     with torch.no_grad(): res = _Integers(self, see).run(*fresh(as_args(list(args))))[:self.n_outputs]
     return res[0] if len(res)==1 else res
 
-# %% ../../nbs/integer/06_net.ipynb #e2d0551f
+# %% ../../nbs/integer/06_net.ipynb #0fbf53b7
 @patch
 def layers(self:IntegerNet):
     "A DataFrame: every layer with its kind, bits and shift, and what stays in floating point, with the reason"
@@ -323,7 +324,7 @@ def layers(self:IntegerNet):
     for name,reason in self.layout.reasons.items(): rows.append(dict(layer=name, kind='float', weights='', outputs='', shift='', reason=reason))
     return DataFrame(rows).set_index('layer')
 
-# %% ../../nbs/integer/06_net.ipynb #f666c8fd
+# %% ../../nbs/integer/06_net.ipynb #6ace4f2e
 def inputs_to_measure(learn, n:int) -> list:
     "Batches of inputs, of `n` items of training data, on the model's device"
     n_training(learn) # an error if there are none
