@@ -15,7 +15,7 @@ from ..state import *
 from .registry import *
 
 # %% ../../../nbs/fold/rules/06_clamps.ipynb #a1eeb0eb
-_clamps = ('relu','relu6','hardtanh','clamp','clamp_min','clamp_max')
+_clamps = ('relu','relu6','hardtanh','clamp','clip','clamp_min','clamp_max')
 _fixed = {'relu': (0,None), 'relu6': (0,6)}
 
 def bounds(view, node:Node) -> tuple:
@@ -79,13 +79,13 @@ def _check_positive(view, node, amap):
     if (amap.shift!=0).any() or (amap.scale<0).any():
         raise Stop(f"{view.where(node)}, which only lets positive scales without a shift pass", 'negative scale')
 
-@backward('leaky_relu', 'prelu', 'abs')
+@backward('leaky_relu', 'prelu', 'abs', 'absolute')
 def homogeneous_backward(view, node, amap):
     "`s·f(x) = f(s·x)` for `s ≥ 0`"
     _check_positive(view, node, amap)
     return [(node.args[0], amap)]
 
-@forward('leaky_relu', 'prelu', 'abs')
+@forward('leaky_relu', 'prelu', 'abs', 'absolute')
 def homogeneous_forward(view, node, amap, source):
     "`f(s·x) = s·f(x)` for `s ≥ 0`"
     if source is not node.args[0]: raise Stop(f"{view.where(node)}, for which it is the slope", 'product')
