@@ -1,7 +1,7 @@
 """Are planning and proof linear? Seconds, and per edge of the program (a `cat` of n values has n): python benchmarks/planning.py
 
 Networks of the same kind in several depths, sums of n convolutions, with and without a summand that stops the map, and of n convolutions with a BN each.
-A plan asks no data, so it is timed alone: the median of a few runs in turn, on one thread. `ratio` is the time per edge over that of the smallest of its kind.
+A plan asks no data, so it is timed alone: the median of a few runs in turn, on one thread, of which the processor time counts (others may use the machine). `ratio` is the time per edge over that of the smallest of its kind.
 Of sums the whole fold, proved, is timed, too: of the module, and of its export."""
 import json, statistics, time
 from pathlib import Path
@@ -42,9 +42,9 @@ def networks():
     for n in (8,16,32,64,128): yield 'sum of BNs', f'{n} convolutions', lambda n=n: Branches(n), 8
 
 def seconds_of(f):
-    begin = time.perf_counter()
+    begin = time.process_time()
     f()
-    return time.perf_counter()-begin
+    return time.process_time()-begin
 
 def proved(model, x, rounds):
     "Median seconds of a fold with proof, of the module and of its export"
@@ -56,9 +56,9 @@ def measured(program, model, rounds):
     "Median seconds of a plan"
     times = []
     for _ in range(rounds):
-        begin = time.perf_counter()
+        begin = time.process_time()
         plan = make_plan(program, model=model)
-        times.append(time.perf_counter()-begin)
+        times.append(time.process_time()-begin)
     return statistics.median(times), plan
 
 @call_parse

@@ -91,7 +91,9 @@ def _range(x, dim):
     hi = torch.where(x.isnan(), -inf, x).amax(dim, keepdim=True)
     return lo, hi
 
-def _is_constant(x, first): return ((x==first) | (x.isnan() & first.isnan())).all()
+def _is_constant(x, first, keep):
+    same = x==first
+    return bool(same.all()) or keep and bool((same | (x.isnan() & first.isnan())).all())
 
 def collapsed(amap:Affine, keep:bool=False) -> Affine:
     "`amap` with every dimension along which it is constant reduced to 1; an entry that is NaN may be anything, or stays if `keep`"
@@ -99,7 +101,7 @@ def collapsed(amap:Affine, keep:bool=False) -> Affine:
     for dim in range(scale.ndim):
         if scale.shape[dim]==1: continue
         first_s,first_t = scale.narrow(dim, 0, 1),shift.narrow(dim, 0, 1)
-        if _is_constant(scale, first_s) and _is_constant(shift, first_t): scale,shift = first_s,first_t; continue
+        if _is_constant(scale, first_s, keep) and _is_constant(shift, first_t, keep): scale,shift = first_s,first_t; continue
         if keep or not (scale.isnan().any() or shift.isnan().any()): continue
         (lo,hi),(low,high) = _range(scale, dim),_range(shift, dim)
         if not ((lo>=hi).all() and (low>=high).all()): continue

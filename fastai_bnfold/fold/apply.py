@@ -174,7 +174,7 @@ def _is_source(path, name):
 
 def _read_sources(program) -> set:
     "The paths of the modules of which `forward` reads what their weights were computed from"
-    places = [place for tensor in program.stored_tensors for place in program.registered(tensor)]
+    places = set().union(*map(program.registered, program.stored_tensors))
     return {path.partition('.parametrizations')[0] for path,name,_ in places if _is_source(path, name)}
 
 def _swap_parameters(model, swaps, parameters, new, read):

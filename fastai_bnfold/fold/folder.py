@@ -322,7 +322,7 @@ def _is_close(self:Fold):
 @patch
 def _values_behind(self:Fold):
     "The values that come of what changes, some of which may have fewer digits than the model's outputs"
-    behind = {node for step in self.applied for node in (*step.links, *step.wanted, *step.put_off)}
+    behind = set().union(*({*step.links, *step.wanted, *step.put_off} for step in self.applied))
     for node in self.program.nodes:
         if not behind.isdisjoint(node.all_input_nodes): behind.add(node)
     return [self.program.val(node) for node in behind if self.program.is_tensor(node)]
@@ -354,10 +354,9 @@ def _own_amplification(self:Fold, kind):
 # %% ../../nbs/fold/11_folder.ipynb #987e65d6
 def _touched(step):
     "The nodes and parameters that a step has to do with"
-    edits = all_edits([step])
-    names = {edit.absorber.weight for edit in edits if isinstance(edit, Absorb)}
-    nodes = {node for edit in edits for node in (edit.nodes if isinstance(edit, Absorb) else (edit.node,))}
-    return {*step.links, *step.wanted, *step.put_off, *step.between} | names | nodes
+    touched = {*step.links, *step.wanted, *step.put_off, *step.between}
+    for edit in all_edits([step]): touched |= {edit.absorber.weight, *edit.nodes} if isinstance(edit, Absorb) else {edit.node}
+    return touched
 
 class Sieve:
     "Tells right steps from wrong ones by halving: about `2·log2(n)` proofs for each wrong one"
