@@ -6,7 +6,7 @@ from torch import nn
 from torch.export import Dim, export
 from torch.nn.utils import parametrizations, prune
 from fastai_bnfold.fold import *
-from fastai_bnfold.fold import plan as planning, sums
+from fastai_bnfold.fold import sums
 from fastai_bnfold.fold.folder import Fold
 from fastai_bnfold.fold.inputs import run
 from fastai_bnfold.fold.plan import make_plan
