@@ -18,6 +18,7 @@ from fastcore.basics import patch
 from ..errors import *
 from ..fold.inputs import *
 from ..fold.ops import *
+from ..learner.progress import FoldBar
 from ..learner.fold import fold_report, is_folded
 from .engines import *
 from .batches import *
@@ -163,7 +164,9 @@ def _add_evidence(card, learn, model, exported, args, dl, n_check, tol, max_chan
     "What the outputs mean, how far the engine's are from the model's, its metrics; `DeployError` if too far"
     with evaluating(model): card['output'] = output_spec(learn, model(*fresh(args)))
     n,scores = _n_to_check(dl, n_check),Scores(learn)
-    found = card['parity'] = parity(learn, model, exported.run, card['output'], n, dl, scores)
+    bar = FoldBar(learn, 'Deployed')
+    try: found = card['parity'] = parity(learn, model, exported.run, n, dl, scores, bar)
+    finally: bar.close()
     card['metrics'] = scores.values()
     if scores.failed: card['metrics_failed'] = scores.failed
     if found['n_changed']<=max_changed and found['max_err']<=tol: return # (a NaN is not)

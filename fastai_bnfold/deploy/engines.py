@@ -66,6 +66,7 @@ def load_onnx(file, threads):
     import onnxruntime as ort
     options = ort.SessionOptions()
     options.add_session_config_entry('session.force_spinning_stop', '1')
+    options.log_severity_level = 3 # errors; it warns of sizes that are another than the example's
     if threads: options.intra_op_num_threads = threads
     here = ort.get_available_providers()
     providers = [p for p in ('CUDAExecutionProvider','CPUExecutionProvider') if p in here]

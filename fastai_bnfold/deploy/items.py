@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['steps', 'step', 'resize', 'center_crop', 'resize_longest', 'to_array', 'normalize', 'resize_array', 'is_tensor',
-           'is_file', 'read_file', 'open_image', 'is_missing', 'category_key', 'Row', 'as_row', 'frame_rows',
+           'is_file', 'is_raw', 'read_file', 'open_image', 'is_missing', 'category_key', 'Row', 'as_row', 'frame_rows',
            'row_inputs', 'image_input', 'item_inputs', 'many_items']
 
 # %% ../../nbs/deploy/01_items.ipynb #4e1f132e
@@ -158,6 +158,10 @@ _buffers = bytes,bytearray,memoryview
 def is_file(item) -> bool:
     "Is it an open file, or an upload, which has one?"
     return hasattr(item, 'read') or hasattr(getattr(item, 'file', None), 'read')
+
+def is_raw(item) -> bool:
+    "Is it a path, a text, the bytes of a file, an open file or a row: nothing that a model could take as it is?"
+    return isinstance(item, (str,os.PathLike,Mapping,*_buffers)) or is_file(item)
 
 def read_file(item) -> bytes:
     "What an open file or an upload has left to read; it stays open"
@@ -357,7 +361,7 @@ def item_inputs(
 # %% ../../nbs/deploy/01_items.ipynb #fecda324
 def _is_item(given, kind):
     "Is it one item, though it can be gone through?"
-    if isinstance(given, (str,os.PathLike,Mapping,*_buffers)) or is_file(given): return True
+    if is_raw(given): return True
     if is_tensor(given) or isinstance(given, np.ndarray):
         paths = getattr(getattr(given, 'dtype', None), 'kind', '') in 'OUS' and isinstance(given, np.ndarray)
         return not (kind!='array' and (paths or given.ndim==4))

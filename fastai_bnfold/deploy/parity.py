@@ -14,30 +14,19 @@ from PIL import Image
 from torch import nn, Tensor
 from fasttransform import compose_tfms
 from fastai.callback.rnn import RNNCallback
-from fastai.data.core import TfmdDL
 from fastai.learner import AvgLoss, Learner
 from fastai.torch_core import to_device
 from fastai.vision.augment import AffineCoordTfm, RandomResizedCropGPU
 from fastai.vision.core import PILBase
-from fastprogress.fastprogress import progress_bar
 from ..fold.inputs import *
 from ..fold.ops import *
 from ..fold.folder import *
 from ..fold.verify import *
+from ..learner.compare import *
+from ..learner.progress import *
+from ..learner.validate import Tally, numbered
 from .batches import *
-
-# %% ../../nbs/deploy/05_parity.ipynb #07fa79c1
-def _classes(out, output):
-    "What the outputs decide for, None if they are numbers"
-    decides = output.get('decides', output['kind'])
-    if decides=='softmax': return out.argmax(1)
-    if decides=='sigmoid': return out.sigmoid()>output['thresh']
-
-def _n_changed(want, got, output):
-    "Items with another prediction"
-    before,after = _classes(want, output),_classes(got, output)
-    if before is None or before.shape!=after.shape: return 0
-    return int((before!=after).reshape(len(before),-1).any(1).sum())
+from .spec import opened
 
 # %% ../../nbs/deploy/05_parity.ipynb #5a9cc378
 def on_tensors(
@@ -68,13 +57,8 @@ class Scores:
     def __init__(self, learn:Learner):
         self.learn,self.failed = learn,{}
         self.metrics = [copy(metric) for metric in (AvgLoss(), *learn.metrics)]
-        self.names = self._names()
+        self.names = numbered(['valid_loss', *(metric.name for metric in learn.metrics)])
         for metric in self.metrics: metric.reset()
-
-    def _names(self):
-        "Unique names: two metrics may have the same"
-        names = ['valid_loss', *(metric.name for metric in self.learn.metrics)]
-        return [f'{name} ({names[:i].count(name)+1})' if name in names[:i] else name for i,name in enumerate(names)]
 
     def add(self, pred, yb:tuple):
         "Account for a batch; without labels there is nothing to say"
@@ -96,14 +80,6 @@ class Scores:
         except Exception as e: self.failed[name] = f'{type(e).__name__}: {e}'
 
 # %% ../../nbs/deploy/05_parity.ipynb #9f721235
-def _bar(items, learn, dl, n):
-    "A progress bar with a title, if the Learner has one"
-    if not hasattr(learn, 'progress'): return items
-    size = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1
-    bar = progress_bar(items, total=math.ceil(n/size), leave=False)
-    bar.comment = 'deployed model'
-    return bar
-
 def _prediction(learn, out, tensors):
     "`tensors` in the place of those in the model's output, and of a text model's several outputs the first"
     left = iter(tensors)
@@ -112,29 +88,38 @@ def _prediction(learn, out, tensors):
     of_text = any(isinstance(cb, RNNCallback) for cb in learn.cbs)
     return pred[0] if several and of_text else pred
 
+def _both(model, run, args) -> tuple:
+    "The model's output for a batch, its tensors, and those of the engine"
+    with evaluating(model): out = model(*fresh(args))
+    return out, tensors_of(out), on_tensors(run, tensors_of(args))
+
+def _n_batches(dl, n):
+    size = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1
+    return math.ceil(n/size)
+
 def parity(
     learn:Learner,
     model:nn.Module,      # The unfolded model, on the CPU
     run,                  # The engine: a function from arrays to a list of arrays
-    output:dict,          # From `output_spec`
     n:int,                # Items to compare
     dl=None,              # Data with or without labels; the validation set if left out
-    scores:Scores=None    # Is given the engine's predictions
+    scores:Scores=None,   # Is given the engine's predictions
+    bar:FoldBar=None      # None if left out
 ) -> dict:                # `n_items`, `n_changed`, `max_err`
     "Compare an engine with the Learner's model, on every output"
-    res = dict(n_items=0, n_changed=0, max_err=0.)
-    dl = check_dl(learn, dl)
-    for args,batch in _bar(batches(learn, dl, n), learn, dl, n):
+    dl,bar,classes,tally,worst = check_dl(learn, dl),bar or FoldBar(),Classes(learn.loss_func),Tally(),0.
+    bar.begin('Comparing', _n_batches(dl, n))
+    for args,batch in batches(learn, dl, n):
         args,batch = map_tensors(Tensor.cpu, (args, batch))
-        with evaluating(model): out = model(*fresh(args))
-        want,got = tensors_of(out),on_tensors(run, tensors_of(args))
-        size = n_items(args)
+        out,want,got = _both(model, run, args)
+        size,targets = n_items(args),targets_of(learn, batch)
         if len(want)!=len(got): return dict(n_items=size, n_changed=size, max_err=math.inf)
-        res['max_err'] = max(res['max_err'], max_err(want, got))
-        res['n_changed'] += _n_changed(want[0], got[0], output)
-        res['n_items'] += size
-        if scores: scores.add(_prediction(learn, out, got), targets_of(learn, batch))
-    return res
+        worst = max(worst, max_err(want, got))
+        before,after = _prediction(learn, out, want),_prediction(learn, out, got)
+        tally.add(compare(before, after, size, classes(before, targets), classes(after, targets)))
+        if scores: scores.add(after, targets)
+        bar.step()
+    return dict(n_items=tally.n, n_changed=tally.n_changed, max_err=worst)
 
 # %% ../../nbs/deploy/05_parity.ipynb #e184d147
 def _raw_row(table, i):
@@ -149,13 +134,8 @@ _openable = (str, Path, bytes, np.ndarray, Tensor, Image.Image)
 
 def raw_image(dataset, i:int):
     "Item `i` as it was before the Learner opened it; the image if that is nothing that a server could open"
-    if not hasattr(dataset, 'tls'): return sample_input(dataset[i])
-    lists = dataset.tls[0]
-    before = x = lists.items.iloc[i] if hasattr(lists.items, 'iloc') else lists.items[i]
-    for tfm in lists.tfms.fs:
-        before,x = x,tfm(x, split_idx=1)
-        if isinstance(x, PILBase): return before if isinstance(before, _openable) else x
-    return x
+    raw,image,_ = opened(dataset, i)
+    return raw if isinstance(image, PILBase) and isinstance(raw, _openable) else image
 
 # %% ../../nbs/deploy/05_parity.ipynb #8eb324a8
 def _moves_nothing(tfm, x):
@@ -177,11 +157,6 @@ def _image_errs(dl, samples, made, exact):
         want = [plain(_reference(dl, sample, exact)) for sample in samples]
     return [max_err([x], [torch.from_numpy(y)[None]]) for x,y in zip(want, made)]
 
-def _transforms_of(learn, dl):
-    "The `DataLoader` whose transforms a deployed model has to reproduce"
-    own = learn.dls.loaders[1] if len(learn.dls.loaders)>1 else dl
-    return own if isinstance(own, TfmdDL) else dl
-
 def input_err(
     learn:Learner,
     deployed,          # A `Deployed`
@@ -199,7 +174,7 @@ def input_err(
         return max_err([x.cpu() for x in want], [torch.from_numpy(np.stack(xs)) for xs in zip(*made)])
     made = [deployed.inputs(raw_image(items, i))[0] for i in range(n)]
     samples = [items[i] for i in range(n)]
-    return max(_image_errs(_transforms_of(learn, dl), samples, made, exact))
+    return max(_image_errs(transforms_of(learn, dl), samples, made, exact))
 
 # %% ../../nbs/deploy/05_parity.ipynb #c8cdac2c
 def resampling_err(
@@ -216,7 +191,7 @@ def resampling_err(
 
 def _allowance(learn, deployed, dl, exact):
     if deployed.card['input']['kind']!='image': return 0.
-    return resampling_err(_transforms_of(learn, dl), dl.dataset[0], exact)
+    return resampling_err(transforms_of(learn, dl), dl.dataset[0], exact)
 
 def inputs_differ(
     learn:Learner,

@@ -55,10 +55,10 @@ class Prediction(namedtuple('Prediction', 'label index probs')):
         "For JSON: `label`, `index` and `probs` as Python's own numbers, texts and lists"
         return {name: as_json(value) for name,value in self._asdict().items()}
 
-def softmax(x):
-    "Over the second dimension, without overflow"
-    e = np.exp(x-x.max(1, keepdims=True))
-    return e/e.sum(1, keepdims=True)
+def softmax(x, axis:int=1):
+    "Over one dimension, without overflow"
+    e = np.exp(x-x.max(axis, keepdims=True))
+    return e/e.sum(axis, keepdims=True)
 
 def sigmoid(x):
     "Without overflow"
@@ -66,26 +66,34 @@ def sigmoid(x):
     return np.where(x>=0, 1/(1+e), e/(1+e))
 
 # %% ../../nbs/deploy/02_serve.ipynb #333f06ed
-def _one_class(out, vocab, thresh):
+def _one_class(out, spec, size):
     "Of each item the most probable class"
-    probs = softmax(out)
+    axis = spec.get('axis') or 1
+    probs,vocab = softmax(out, axis),spec['vocab']
     def label(i): return vocab[i] if vocab and not i.ndim else i # (a map of classes stays a map)
-    return [Prediction(label(i), i, p) for i,p in zip(probs.argmax(1), probs)]
+    return [Prediction(label(i), i, p) for i,p in zip(probs.argmax(axis), probs)]
 
-def _any_classes(out, vocab, thresh):
+def _any_classes(out, spec, size):
     "Of each item the classes that are more probable than `thresh`"
     res = []
     for probs in sigmoid(out):
-        there = probs>thresh
-        labels = [name for name,yes in zip(vocab or range(len(probs)), there) if yes]
+        there = probs>spec['thresh']
+        names = spec['vocab'] or range(there.size)
+        labels = [name for name,yes in zip(names, there) if yes] if there.ndim else there
         res.append(Prediction(labels, there, probs))
     return res
 
-def _numbers(out, vocab, thresh):
+def _numbers(out, spec, size):
     "The outputs themselves"
     return [Prediction(values, values, values) for values in out]
 
-_decoders = {'softmax': _one_class, 'sigmoid': _any_classes, 'none': _numbers}
+def _points(out, spec, size):
+    "Points in pixels (x, y) of the image that the model gets; the outputs are between -1 and 1"
+    if size is None: return _numbers(out, spec, size)
+    pixels = (out.reshape(len(out), -1, 2)+1)*np.float32(size)/2
+    return [Prediction(where, values, values) for where,values in zip(pixels, out)]
+
+_decoders = {'softmax': _one_class, 'sigmoid': _any_classes, 'points': _points, 'none': _numbers}
 
 # %% ../../nbs/deploy/02_serve.ipynb #0a3b2d95
 def _raise_first(outcomes, start, alone):
@@ -99,6 +107,11 @@ def stacked(inputs:list):
     shapes = {tuple(map(np.shape, item)) for item in inputs}
     groups = [inputs] if len(shapes)==1 else [[item] for item in inputs]
     for group in groups if inputs else (): yield [np.stack(values) for values in zip(*group)]
+
+def _size_of(batch):
+    "Width and height of the images in a batch of inputs; None if there are none"
+    shape = next((x.shape for x in batch if x.ndim==4), None)
+    return shape and (shape[3],shape[2])
 
 # %% ../../nbs/deploy/02_serve.ipynb #46254c5a
 def fits(shape, spec) -> bool:
@@ -143,12 +156,22 @@ class Deployed:
 
     def inputs(self, item) -> tuple:
         "The model's inputs for one item, without the dimension of the batch"
+        inputs = item if isinstance(item, tuple) else (item,)
+        if self.card['input']['kind']=='array' and any(map(is_raw, inputs)): raise DeployError(self._takes_arrays(item))
         return item_inputs(item, self.card['input'], getattr(self, 'warned', None))
 
-    def decode(self, out:np.ndarray) -> list:
-        "`Prediction`s for the model's (first) output, one per item"
+    def decode(self,
+        out:np.ndarray,  # The model's (first) output
+        size:tuple=None  # Width and height of the images that the model got, for points; they stay as they are if left out
+    ) -> list:           # A `Prediction` for each item
+        "What the model says"
         spec = self.card['output']
-        return _decoders[spec['kind']](out, spec['vocab'], spec.get('thresh'))
+        return _decoders[spec['kind']](out, spec, size)
+
+    def _takes_arrays(self, item):
+        why = ' '.join(self.card.get('notes', []))
+        specs = ', '.join(f"{spec['name']} of {spec['dtype']}, {spec['shape'][1:]}" for spec in self.card['inputs'])
+        return f"Expected the model's own input as an array ({specs}; null: any size), got a {type(item).__name__}. {why}".rstrip()
 
     def _inputs_or_error(self, item):
         try: return self.inputs(item)
@@ -160,7 +183,7 @@ class Deployed:
         "A `Prediction` or a `DeployError` for each item's inputs"
         res = []
         try:
-            for batch in stacked(inputs): res += self.decode(self(*batch)[0])
+            for batch in stacked(inputs): res += self.decode(self(*batch)[0], _size_of(batch))
             return res
         except DeployError as e: error = e
         if len(inputs)==1: return [error]

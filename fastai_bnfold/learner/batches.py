@@ -58,7 +58,7 @@ def learner_batch(
     "Two items of the Learner's own data, on the model's device; a `NoDataError` if there are none"
     why = None
     try:
-        with random_kept(): # a new loader draws a seed
+        with same_random(): # a new loader draws a seed
             if dl is None: dl = _loader(learn)
             with data_kept(dl): batch = None if _is_empty(dl) else _one_batch(dl)
     except (AttributeError, IndexError) as e: batch,why = None,e

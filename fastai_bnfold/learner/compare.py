@@ -7,7 +7,7 @@ __all__ = ['decoded', 'class_dim', 'class_rule', 'Classes', 'compare']
 
 # %% ../../nbs/learner/00a_compare.ipynb #117f4e64
 import torch
-from math import inf, nan
+from math import inf
 from fastai.basics import *
 from ..fold.inputs import *
 
@@ -25,7 +25,9 @@ def decoded(
     decodes = getattr(loss_func, 'decodes', None)
     if decodes is None: return []
     activation = getattr(loss_func, 'activation', noop)
-    return _whole(decodes(activation(map_tensors(Tensor.detach, pred))))
+    pred = map_tensors(Tensor.detach, pred)
+    try: return _whole(decodes(activation(pred)))
+    except Exception: return [] # several outputs, say, of which a callback takes one
 
 # %% ../../nbs/learner/00a_compare.ipynb #f81b99b2
 def class_dim(

@@ -6,7 +6,7 @@
 __all__ = ['without_opt']
 
 # %% ../../nbs/learner/04_refuse.ipynb #910d1a7e
-import inspect
+import inspect, warnings
 from torch import nn
 from fastai.basics import *
 from fastai.learner import Learner
@@ -21,8 +21,8 @@ def _folds_again(learn, cbs) -> bool:
     fold = fold_of(learn)
     return bool(fold and fold.by_itself and any(getattr(cb, 'folds_again', False) for cb in [*learn.cbs, *L(cbs)]))
 
-def _refusing_folded(fit):
-    "A way to train, but for a folded Learner"
+def _refusing_folded(fit, keeps_weights=False):
+    "A way to train, but for a folded Learner; with `keeps_weights` it leaves no trace, so the fold comes back"
     signature = inspect.signature(fit)
     def fit_unfolded(self, *args, **kwargs):
         forget_replaced(self)
@@ -31,12 +31,15 @@ def _refusing_folded(fit):
             if not _folds_again(self, given.get('cbs')): raise FoldedError(
                 "This Learner is folded: its batch norms are gone, so training it would not do what it did. "
                 "Call `learn.unfold_bn()`, train, and fold again.")
+            if keeps_weights:
+                with unfolded_meanwhile(self): return fit(self, *args, **kwargs)
             self.unfold_bn()
         return fit(self, *args, **kwargs)
     return fit_unfolded
 
-for _name in ('fit','fit_one_cycle','fit_flat_cos','fit_sgdr','fine_tune','lr_find'):
+for _name in ('fit','fit_one_cycle','fit_flat_cos','fit_sgdr','fine_tune'):
     wrap_method(Learner, _name, _refusing_folded)
+wrap_method(Learner, 'lr_find', _refusing_folded, keeps_weights=True)
 
 # %% ../../nbs/learner/04_refuse.ipynb #e84185fd
 def _shapes(state) -> dict: return {name: getattr(value, 'shape', None) for name,value in state.items()}
@@ -68,6 +71,25 @@ def _new_biases(model, state) -> list:
     modules = dict(model.named_modules())
     return [path for path in paths if 'bias' in getattr(modules.get(path), '_parameters', {}) and modules[path].bias is None]
 
+def _all_else_is_there(model, state, lost) -> bool:
+    "Is nothing but the BNs `lost` missing in `state`?"
+    of_bns = {f'{path}.{name}' for path in lost for name in model.get_submodule(path).state_dict()}
+    return set(state)==set(model.state_dict())-of_bns
+
+def _follows_no_bias(model, path) -> bool:
+    "Is the last layer before the BN one without a bias, which a fold would have given one?"
+    before = None
+    for name,module in model.named_modules():
+        if name==path: break
+        if 'bias' in module._parameters: before = module
+    return before is not None and before.bias is None
+
+def _may_be_of_folded(model, state) -> bool:
+    "Could `state` be of a folded model, though nothing in it says so?"
+    lost = _lost_bns(model, state)
+    if not lost or getattr(state, '_metadata', None): return False
+    return _all_else_is_there(model, state, lost) and not any(_follows_no_bias(model, path) for path in lost)
+
 def _is_of_folded(model, state, strict) -> bool:
     "Was `state` saved from a folded model, while `model` is not folded?"
     lost = _lost_bns(model, state)
@@ -75,8 +97,7 @@ def _is_of_folded(model, state, strict) -> bool:
     versions = getattr(state, '_metadata', None) or {}
     if any(versions.get(path, {}).get('version')==1 for path in lost): return True
     if _new_biases(model, state): return True
-    of_bns = {f'{path}.{name}' for path in lost for name in model.get_submodule(path).state_dict()}
-    return strict and not versions and set(state)==set(model.state_dict())-of_bns
+    return strict and not versions and _all_else_is_there(model, state, lost)
 
 # %% ../../nbs/learner/04_refuse.ipynb #94cd0e9b
 def _why_not(model, state, strict) -> str:
@@ -89,11 +110,17 @@ def _why_not(model, state, strict) -> str:
     return ("These numbers are those of a folded model, and this model is not folded: its batch norms would keep what they have. Nothing was loaded. "
         "Load the file of the unfolded model; or fold this model in the same way first (`learn.fold_bn(validate=False)`), then load.")
 
+def _warn_of_doubt(model, state):
+    if _folded_parts(model) or not _may_be_of_folded(model, state): return
+    warnings.warn("These numbers are those of a whole model but for its batch norms, which keep what they have. If a folded model "
+        "was saved, this one is wrong now: load the file of the unfolded model. (A plain dict does not tell.)", stacklevel=3)
+
 def _refusing_others(load_state_dict):
     "`Module.load_state_dict`, but not from a folded model into another, or the reverse"
     def load(self, state_dict, strict=True, *args, **kwargs):
         why = _why_not(self, state_dict, strict) if isinstance(state_dict, dict) else ''
         if why: raise OtherModelError(why)
+        if not strict and isinstance(state_dict, dict): _warn_of_doubt(self, state_dict)
         for fold in folds_of(self): fold.trained.part() # what is loaded now is not for the trained model
         return load_state_dict(self, state_dict, strict, *args, **kwargs)
     return load

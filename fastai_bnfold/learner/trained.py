@@ -86,6 +86,7 @@ def put_back(self:Trained):
     _put_back(self.references)
     for p,numbers in zip(self.shared, self.numbers): p.data = numbers
     if self.marked is None: vars(model).pop('bn_folded', None)
+    else: vars(model)['bn_folded'] = self.marked
     if mode is not None: model.train(mode)
     if device is not None and any(x.device!=device for x in self.tensors): model.to(device)
 
