@@ -126,7 +126,7 @@ def _raw_row(table, i):
     "Row `i` of a `Tabular` as it was before the procs"
     row = table.decode_row(table.items.iloc[i]).to_dict()
     for name in table.cat_names:
-        was_missing = name.endswith('_na') and str(row[name])=='True'
+        was_missing = str(name).endswith('_na') and str(row[name])=='True'
         if was_missing: row[name[:-3]] = math.nan
     return row
 
