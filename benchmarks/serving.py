@@ -5,10 +5,12 @@
 Threads: 8 threads share one `Deployed` of each backend and send 2,000 requests each, one item a request, in the order of their own;
 every answer is compared with what the same model said to the item alone. Server: `examples/server.py` with a resnet18 (not trained,
 ONNX Runtime) on two processors, 8 clients that upload JPEGs of 256 × 256 pixels, beside a plain loop over the same bytes that may use
-both processors. The clients run on the same two processors. Interleaved rounds; the ratio is the median of those of the rounds.
+both processors. The clients run on the same two processors. Interleaved rounds; the ratio is the median of those of the rounds. `load`
+is how many processes wanted a processor on average when a part began: with others beside, ratios mean something, requests a second little.
 """
 import http.client, itertools, json, os, socket, subprocess, sys, tempfile, time, warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 import numpy as np, torch
@@ -149,7 +151,10 @@ def main(
     warnings.simplefilter('ignore')
     res = json.loads(out.read_text()) if out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        if 'threads' in part: res['threads'] = threads(Path(folder))
-        if 'server' in part: res['server'] = server(Path(folder), rounds)
+        load = res.setdefault('load', {})
+        for name,measure in dict(threads=threads, server=partial(server, rounds=rounds)).items():
+            if name not in part: continue
+            load[name] = os.getloadavg()[0]
+            res[name] = measure(Path(folder))
     res['machine'] = machine()
     out.write_text(json.dumps(res, indent=1))

@@ -3,7 +3,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
 from fastai.vision.all import (BCEWithLogitsLossFlat, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, ImageBlock, IndexSplitter, L,
-    Learner, MaskBlock, MSELossFlat, PointBlock, Resize, accuracy, aug_transforms, get_image_files, noop, tensor)
+    Learner, MaskBlock, MSELossFlat, PointBlock, Resize, Transform, TransformBlock, accuracy, aug_transforms, get_image_files, noop, tensor)
 from fastai_bnfold.all import *
 from fastai_bnfold.deploy.engines import backends
 from fastai_bnfold.fold.testing import randomize_bn
@@ -68,6 +68,24 @@ def test_one_number_for_yes_or_no(tmp_path):
     got = deployed(learn, tmp_path).predict([x.numpy() for x,_ in data])
     assert np.allclose([p.probs for p in got], probs, atol=1e-5) and np.array_equal([p.label for p in got], yes)
     assert got[0].to_dict()['label'] in (True,False)
+
+class Log(Transform):
+    def encodes(self, x): return tensor(np.log1p(x)).float()
+    def decodes(self, x): return x.exp()-1
+
+@pytest.mark.parametrize('log', [False,True])
+def test_a_transform_of_the_target_is_said(folder, tmp_path, log):
+    "`learn.predict` undoes it"
+    def items(file): return int(file.stem)
+    block = TransformBlock(type_tfms=[Log()] if log else [])
+    dls = DataBlock((ImageBlock, block), get_items=get_image_files, get_y=items, splitter=IndexSplitter(range(6)), item_tfms=Resize(32)).dataloaders(folder, bs=4, num_workers=0)
+    learn = Learner(dls, net(1), loss_func=MSELossFlat())
+    if log:
+        with pytest.warns(UserWarning, match='`label` holds'): m = deployed(learn, tmp_path)
+    else: m = deployed(learn, tmp_path)
+    file = get_image_files(folder)[0]
+    same = np.allclose(np.ravel(np.float32(said(learn, file)[0])), m.predict(file).label, atol=1e-3)
+    assert same!=log and len(m.card['notes'])==int(log)
 
 # what is no input
 

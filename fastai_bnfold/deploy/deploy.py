@@ -172,20 +172,30 @@ def _add_evidence(card, learn, model, exported, args, dl, n_check, tol, max_chan
     if found['n_changed']<=max_changed and found['max_err']<=tol: return # (a NaN is not)
     raise _too_far(card['backend'], found, tol, max_changed)
 
-def _add_input(card, learn, dl, folder):
+def _add_label_note(card, learn, deployed, model, args):
+    with evaluating(model): out = model(*fresh(args))
+    if label_differs(learn, deployed, args, out): card['notes'].append(
+        "`label` holds the model's own numbers: `learn.predict` makes others of them, with a transform of the target.")
+
+def _of_card(deployed, card, folder):
+    "The same, with the card as it is now"
+    _write_card(card, folder)
+    deployed.card = card
+    return deployed
+
+def _add_input(card, learn, model, args, dl, folder):
     "How an item becomes the model's input, if the steps do what fastai does; the `Deployed`"
     card['input'],note = input_spec(learn, dl)
     card['notes'] = [note] if note else []
     _write_card(card, folder)
     deployed = Deployed(folder)
+    _add_label_note(card, learn, deployed, model, args)
     differ = inputs_differ(learn, deployed, dl)
-    if not differ: return deployed
+    if not differ: return _of_card(deployed, card, folder)
     card['input'] = dict(kind='array')
     card['notes'].append("`predict` takes the model's own inputs, as arrays: "
                          f"the steps of the validation set could not be reproduced ({differ}).")
-    _write_card(card, folder)
-    deployed.card = card
-    return deployed
+    return _of_card(deployed, card, folder)
 
 # %% ../../nbs/deploy/07_deploy.ipynb #5995729e
 def _copy(model):
@@ -227,6 +237,6 @@ def _deploy(learn, model, args, dl, tmp, path, backend, n_check, tol, max_change
     card['fold'] = learner_fold(learn, card['fold'])
     card['learner'] = learner_facts(learn)
     _add_evidence(card, learn, model, exported, args, dl, n_check, tol, max_changed)
-    deployed = _add_input(card, learn, dl, tmp)
+    deployed = _add_input(card, learn, model, args, dl, tmp)
     deployed.report = fold_report(learn) or exported.report
     return deployed
