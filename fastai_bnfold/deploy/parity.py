@@ -226,8 +226,8 @@ def label_differs(
 ) -> bool:
     "Does `learn.predict` make another number of an output?"
     if hasattr(learn.dls.train_ds, 'cont_names'): return False # (there it is a row)
-    size = tuple(args[0].shape[:1:-1]) if args[0].ndim==4 else None
-    out = map_tensors(Tensor.detach, out)
+    shape,out = tensors_of(args)[0].shape,map_tensors(Tensor.detach, out)
+    size = (shape[3],shape[2]) if len(shape)==4 else None
     try:
         with same_random(): want = np.asarray(_label(learn, args, out), float).ravel()
         label = deployed.decode(tensors_of(out)[0].numpy(), size)[0].label
