@@ -126,7 +126,7 @@ def measured(port, model, files, group, rounds):
     return dict(uploads_per_request=group, rounds=rounds, wrong=wrong, server_per_second=median(s for s,_ in pairs),
                 loop_per_second=median(l for _,l in pairs), ratio=median(ratios), ratio_range=[ratios[0],ratios[-1]])
 
-def server(folder, rounds):
+def server(folder, rounds, copies):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     files = photos(folder)
     learn = image_learner(files)
@@ -135,7 +135,7 @@ def server(folder, rounds):
     try:
         model,rows = Deployed(folder/'resnet18', threads=2),[]
         for group in (1,8):
-            rows.append(measured(port, model, files*4, group, rounds))
+            rows.append(measured(port, model, files*copies, group, rounds))
             print(rows[-1], flush=True)
     finally:
         process.terminate()
@@ -146,15 +146,15 @@ def server(folder, rounds):
 def main(
     part:str='threads,server',                     # What to measure
     rounds:int=7,                                  # Of server and loop in turns
+    copies:int=4,                                  # Of the 32 photos, in a round
     out:Path=Path('benchmarks/results/serving.json') # Results; parts not measured stay as they are
 ):
     warnings.simplefilter('ignore')
     res = json.loads(out.read_text()) if out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         load = res.setdefault('load', {})
-        for name,measure in dict(threads=threads, server=partial(server, rounds=rounds)).items():
+        for name,measure in dict(threads=threads, server=partial(server, rounds=rounds, copies=copies)).items():
             if name not in part: continue
             load[name] = os.getloadavg()[0]
             res[name] = measure(Path(folder))
-    res['machine'] = machine()
-    out.write_text(json.dumps(res, indent=1))
+            out.write_text(json.dumps(res | dict(machine=machine()), indent=1))

@@ -758,7 +758,8 @@ def run(name):
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         where = Path(folder)
-        return outcome(workflows[name])
+        found = outcome(workflows[name])
+        return {key: text and text.replace(f'{folder}/', '') for key,text in found.items()}
 
 @call_parse
 def main(
