@@ -11,7 +11,6 @@ import json, sys, tempfile, warnings
 from pathlib import Path
 import numpy as np, torch
 from fastcore.script import call_parse
-from fastai_bnfold.all import DeployError
 from fastai_bnfold.lab.command import machine
 sys.path.append(str(Path(__file__).parent.parent/'tests'))
 from odd_images import class_folder, image_learner, odd_files, pipelines, said, distance

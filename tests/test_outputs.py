@@ -3,7 +3,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from torch import nn
 from fastai.vision.all import (BCEWithLogitsLossFlat, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, ImageBlock, IndexSplitter, L,
-    Learner, MaskBlock, MSELossFlat, PointBlock, Resize, Transform, TransformBlock, accuracy, aug_transforms, get_image_files, noop, tensor)
+    Learner, MaskBlock, MSELossFlat, PointBlock, Resize, Transform, TransformBlock, accuracy, aug_transforms, get_image_files, tensor)
 from fastai_bnfold.all import *
 from fastai_bnfold.deploy.engines import backends
 from fastai_bnfold.fold.testing import randomize_bn

@@ -6,7 +6,6 @@
 __all__ = ['FoldBar']
 
 # %% ../../nbs/learner/01_progress.ipynb #c7ab3c36
-from fastai.basics import *
 from fastai.callback.progress import ProgressCallback
 from fastprogress.fastprogress import progress_bar
 
