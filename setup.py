@@ -8,11 +8,15 @@ cfg = ConfigParser(delimiters=['='])
 cfg.read(here/'settings.ini', encoding='utf-8')
 cfg = cfg['DEFAULT']
 
+urls = {'Source': cfg['git_url'], 'Documentation': cfg['doc_url']}
+
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
-    license=cfg['license'], keywords=cfg['keywords'].split(), python_requires='>='+cfg['min_python'],
+    license=cfg['license'], keywords=cfg['keywords'].split(), classifiers=cfg['classifiers'].splitlines(),
+    project_urls={name: url for name,url in urls.items() if url}, python_requires='>='+cfg['min_python'],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']),
+    package_data={cfg['lib_name']: ['py.typed']},
     install_requires=cfg['requirements'].split(),
     extras_require={k.removesuffix('_requirements'): v.split() for k,v in cfg.items() if k.endswith('_requirements')},
     entry_points={'console_scripts': [cfg['console_scripts']],
