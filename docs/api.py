@@ -1,5 +1,5 @@
 "Pages of the API, from the modules' own text: signatures with their docments, docstrings; nothing is imported"
-import ast
+import ast, re
 from pathlib import Path
 
 root = Path(__file__).parent.parent
@@ -78,3 +78,13 @@ def room_page(title, about, modules):
         parts.append(f'## fastai_bnfold.{module}\n\n{words} ([the notebook]({page}))\n')
         parts += [f'({labels[name]})=\n{text}' for name,text in fresh.items()]
     return '\n'.join(parts), labels
+
+def public_names():
+    "What `from fastai_bnfold.all import *` gives"
+    nodes = ast.parse((package/'all.py').read_text(encoding='utf-8')).body
+    return next(ast.literal_eval(node.value) for node in nodes if isinstance(node, ast.Assign) and node.targets[0].id=='__all__')
+
+def words_of(name, target, text):
+    "The first line of a name's docstring, on the pages"
+    found = re.search(rf'^\({re.escape(target)}\)=\n#+ {re.escape(name)}\n\n```python\n.*?^```\n\n?([^\n]*)', text, re.M|re.S)
+    return found[1] if found else ''

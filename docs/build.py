@@ -93,21 +93,30 @@ def contents(pages, caption=''):
     options = ':maxdepth: 1\n:glob:\n' + (f':caption: {caption}\n' if caption else '')
     return f'```{{toctree}}\n{options}\n'+'\n'.join(pages)+'\n```\n'
 
-def write_api(work):
-    "A page for every room; returns pairs of a name and its target"
+def api_pages():
+    "Room → its page, and pairs of a name and its target"
     notebooks = {p.relative_to(root): read(p) for p in sorted((root/'nbs').rglob('*.ipynb'))}
     modules = {api.module_of(nb): (f'/{p}', title_of(nb)[1]) for p,nb in notebooks.items() if api.module_of(nb)}
     groups = {room: {m: v for m,v in modules.items() if m.startswith(f'{room}.')} for room in rooms()}
     groups['errors and timing'] = {m: v for m,v in modules.items() if '.' not in m}
-    labels = []
+    pages,labels = {},[]
     for room,found in groups.items():
-        page,new = api.room_page(room, rooms().get(room, ''), found)
-        write(work/'api'/f'{room.replace(" ", "_")}.md', page)
+        pages[room.replace(' ', '_')],new = api.room_page(room, rooms().get(room, ''), found)
         labels += new.items()
-    pages = [room.replace(' ', '_') for room in groups]
-    about = 'Every public name by room, with its arguments; the order is that of the notebooks.'
-    write(work/'api'/'index.md', f'# API\n\n{about}\n\n{contents(pages)}')
-    return labels
+    return pages, labels
+
+def write_api(work, pages, labels, link):
+    "A page for every room, and what people call on the first one"
+    for room,page in pages.items(): write(work/'api'/f'{room}.md', link(page))
+    first = dict(reversed(labels)) # a name in two rooms is that of the first
+    called = [name for name in api.public_names() if name in first]
+    methods = [name for name,_ in labels if name.startswith('Learner.')]
+    text = '\n'.join(pages.values())
+    def line(name, shown): return f'| [`{shown}`](#{first[name]}) | {link(api.words_of(name, first[name], text))} |'
+    rows = [line(name, name.replace('Learner.', 'learn.')) for name in [*methods, *called]]
+    about = 'What `from fastai_bnfold.all import *` gives; below, every public name by room, in the order of the notebooks.'
+    table = '\n'.join(['| | |','| --- | --- |',*rows])
+    write(work/'api'/'index.md', f'# API\n\n{about}\n\n{table}\n\n{contents(pages)}')
 
 def write_notebooks(work, link):
     for path in sorted((root/'nbs').rglob('*.ipynb')):
@@ -149,7 +158,9 @@ def main():
     parser.add_argument('--work', type=Path, default=root/'_proc')
     args = parser.parse_args()
     shutil.rmtree(args.work, ignore_errors=True)
-    link = linker(write_api(args.work))
+    pages,labels = api_pages()
+    link = linker(labels)
+    write_api(args.work, pages, labels, link)
     write_notebooks(args.work, link)
     write_rooms(args.work)
     benchmarks.write_all(args.work/'benchmarks')
