@@ -41,6 +41,10 @@ def test_reproduce_path(tmp_path, ext):
     a,b = (json.loads((tmp_path/o/'results.json').read_text())['networks']['resnet18'] for o in ('o','o2'))
     assert a['metrics_before']['accuracy']==b['metrics_before']['accuracy'] and a['history']==b['history'] # the weights were used again
 
+def test_help_explains_the_commands():
+    out = bnfold('--help')
+    assert out.returncode==0 and all(words in out.stdout for words in ('reproduce','Train networks','bench','Latency and throughput'))
+
 def test_bad_input(tmp_path):
     fails(bnfold('reproduce', '--data', 'imagenet'), "unknown data 'imagenet'", 'digits')
     fails(bnfold('reproduce', '--data', tmp_path/'none'), 'no file or folder', 'none')
@@ -51,6 +55,9 @@ def test_bad_input(tmp_path):
     fails(bnfold('reproduce', '--data', tmp_path/'broken.tgz'), 'cannot be unpacked')
     fails(bnfold('reproduce', '--data', 'digits', '--arch', 'resnet51'), "unknown network 'resnet51'")
     fails(bnfold('fold'), 'usage')
+    fails(bnfold('reproduce', '--epochs', 'five'), 'epochs', 'five', '--help')
+    fails(bnfold('bench'), 'models')
+    fails(bnfold('reproduce', '--no-such-option'), 'no-such-option')
     fails(bnfold('reproduce', '--data', 'imagenette', IMAGENETTE=str(tmp_path/'gone')), 'no file or folder')
 
 def _member(name, **kw):
