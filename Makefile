@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test docs docs-test dist nbs run-nbs clean
+.PHONY: demo test docs docs-test test-oldest dist nbs run-nbs clean
 
 demo: $(READY)
 	$(BIN)/bnfold reproduce --data digits --out out/digits
@@ -19,6 +19,14 @@ docs: $(VENV)/.docs
 # … and looked at in a browser, where one is installed (`apt-get install chromium`, or `playwright install chromium`)
 docs-test: $(VENV)/.docs
 	$(BIN)/python -m pytest -n 0 tests/test_site.py
+
+# the fold, the Learner and exported graphs with the lower bounds of settings.ini, in an environment of its own
+OLDEST := $(VENV)-oldest
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q $$(sed -n 's/^requirements = //p' settings.ini | tr ' ' '\n' | grep '>=' | sed 's/>=/==/')
+	$(OLDEST)/bin/python -m pip install -q -e . pytest pytest-xdist hypothesis timm
+	$(OLDEST)/bin/python -m pytest tests/test_algebra.py tests/test_rules.py tests/test_cases.py tests/test_graph.py tests/test_report.py tests/test_learner.py
 
 # wheel and sdist, in dist/
 dist: $(READY)
