@@ -32,7 +32,7 @@ def test_commands_are_there():
     text = ''.join(page.read_text(encoding='utf-8') for page in pages)
     scripts = set(re.findall(r'python ((?:benchmarks|examples|nbs|docs)/\w+\.py)', text))
     assert len(scripts)>12 and [script for script in scripts if not (root/script).exists()]==[]
-    targets = set(re.findall(r'make ([a-z-]+)\b', ''.join(re.findall(r'`make [a-z-]+`|^make [a-z-]+', text, re.M))))
+    targets = set(re.findall(r'make ([a-z-]+)\b', '\n'.join(re.findall(r'`make [a-z-]+`|^make [a-z-]+', text, re.M))))
     assert targets<=set(re.findall(r'^([a-z-]+):', (root/'Makefile').read_text(), re.M))
 
 def test_figures_are_those_of_the_results(monkeypatch):
