@@ -2,26 +2,32 @@
 
 Skipped where the generator is not installed (`pip install '.[docs]'`); what needs a browser is skipped where there is none. `make docs-test` runs it.
 """
-import json, os, re, shutil, subprocess, sys, threading
+import os, re, shutil, subprocess, sys, threading
 from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 import pytest
+from filelock import FileLock
 
 root = Path(__file__).parent.parent
 for package in ('sphinx','myst_nb','furo','latex2mathml'): pytest.importorskip(package)
-pytestmark = pytest.mark.xdist_group('site') # built once
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     "The built site; `BNFOLD_SITE` names one that is there already"
     if os.environ.get('BNFOLD_SITE'): return Path(os.environ['BNFOLD_SITE'])
-    out = tmp_path_factory.mktemp('site')
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base)/'site' # processes share it
+    with FileLock(f'{out}.lock'):
+        if not (out/'html').exists(): build(out)
+    return out/'html'
+
+def build(out):
+    out.mkdir(exist_ok=True)
     res = subprocess.run([sys.executable, root/'docs'/'build.py', '--out', out/'html', '--work', out/'work'], capture_output=True, text=True, cwd=out)
     assert res.returncode==0, res.stderr[-3000:]
-    return out/'html'
 
 class Page(HTMLParser):
     "Links, names and pictures of a page"
