@@ -5,7 +5,10 @@ from torch import nn
 from fastai_bnfold.fold.testing import randomize_bn
 from fastai_bnfold.integer.engine_scale import (EngineScale, engine_arithmetic, engine_scale, first_products, n_different,
                                                 onnxruntime_levels, pair_limit, room_of)
-from fastai_bnfold.integer.fixed_point import exact_bn
+from fastai_bnfold.integer.fixed_point import FixedPointBN, exact_bn
+from fastai_bnfold.integer.onnx_forms import (OnnxGraph, Products, Stored, added, clipped, concatenated, conv_integer_sums,
+                                              engine_layer, float_sums, looked_up, matmul_sums, partial_bound, quantized,
+                                              staircase, staircase_dtype)
 from fastai_bnfold.integer.task import task_of
 
 def make(weight, bias, mean, var, eps=1e-5):
@@ -189,3 +192,125 @@ def test_the_cast_to_float32_loses_bits(bias, scale):
     got = run_onnxruntime(graph('qlinear', found, weight, len(sums)), x)[0,:,0].astype(int)+zero
     want = onnxruntime_levels(sums[None], channels[:,None], found.scale[:,None], 0).clip(zero, zero+255)
     assert (got==want).all()
+
+# forms of ONNX
+
+def evaluate(graph, out, x):
+    model = graph.model({'x': (x.dtype,x.shape)}, [out])
+    return run_onnxruntime(model, x)
+
+def conv_of(dims, kernel, stride=1, padding=0, dilation=1, groups=1, n=6, out=8):
+    draw = np.random.default_rng(dims*100+kernel)
+    weight = draw.integers(-127, 128, (out,n//groups,*[kernel]*dims))
+    return Products(weight, *[(v,)*dims for v in (stride,padding,dilation)], groups)
+
+kernels = [(1,3,1,1),(1,5,2,0),(2,1,1,0),(2,1,2,0),(2,3,1,1),(2,3,2,1),(2,3,1,2,2),(2,2,2,0),(2,5,3,2),(3,3,2,1),(3,1,1,0)]
+def true_sums(products, x, stored):
+    f = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d, 3: torch.nn.functional.conv3d}[len(products.kernel)]
+    values = torch.from_numpy(stored).double()-x.zero
+    return f(values, torch.from_numpy(products.weight).double(), None, products.stride, products.padding, products.dilation,
+             products.groups).numpy()
+
+def stored_like(x): return np.random.default_rng(1).integers(0, x.top+1, x.shape).astype(np.uint8)
+
+@pytest.mark.parametrize('lo,hi', [(0,255),(-8,7),(-127,127)])
+@pytest.mark.parametrize('options', kernels)
+@pytest.mark.parametrize('form', [matmul_sums,float_sums,conv_integer_sums])
+def test_sums(form, options, lo, hi):
+    products,dims = conv_of(*options),options[0]
+    x,graph = Stored('x', lo, hi, (2,6,*[9]*dims)),OnnxGraph()
+    stored = stored_like(x)
+    got = evaluate(graph, form(graph, x, products), stored)
+    if form is matmul_sums: got = np.moveaxis(got, -1, 1)
+    assert np.array_equal(got, true_sums(products, x, stored))
+
+@pytest.mark.parametrize('form', [matmul_sums,float_sums])
+def test_sums_of_a_linear_layer(form):
+    weight,x,graph = np.random.default_rng(0).integers(-127, 128, (8,6)),Stored('x', -3, 200, (5,6)),OnnxGraph()
+    stored = stored_like(x)
+    assert np.array_equal(evaluate(graph, form(graph, x, Products(weight)), stored), (stored.astype(int)-3)@weight.T)
+
+@pytest.mark.parametrize('options', kernels)
+def test_size_of_outputs(options):
+    products,x = conv_of(*options),Stored('x', 0, 1, (2,6,*[9]*options[0]))
+    assert products.out_size(x.shape[2:])==true_sums(products, x, stored_like(x)).shape[2:]
+
+@pytest.mark.parametrize('groups', [2,6])
+def test_groups(groups):
+    products = conv_of(2, 3, 1, 1, groups=groups, out=12)
+    x,graph = Stored('x', -4, 11, (1,6,7,7)),OnnxGraph()
+    stored = stored_like(x)
+    assert np.array_equal(evaluate(graph, float_sums(graph, x, products), stored), true_sums(products, x, stored))
+
+def test_bound_of_partial_sums():
+    products = Products(np.array([[3,-2,1]]))
+    assert partial_bound(products, Stored('x', -1, 10, (1,3)))==42
+
+def fixed_of(A, B, n, qmin, qmax):
+    return FixedPointBN(torch.tensor(A), torch.tensor(B), n, qmin, qmax, torch.int64)
+
+def test_types_of_staircases():
+    "By the bits of A·x + B"
+    lo,hi = np.array([-100]),np.array([100])
+    types = [staircase_dtype(fixed_of([2**i], [-5], 10, 0, 15), lo, hi) for i in (10,16,17,45,46,47,50)]
+    assert types==[np.float32,np.float32,np.float32 if 100*2**17<2**24 else np.float64,np.float64,np.float64,np.int64,np.int64]
+
+@pytest.mark.parametrize('n_positions', [0,1])
+@pytest.mark.parametrize('bits', [10,30,47])
+@pytest.mark.parametrize('qmin', [0,-128])
+def test_staircases(bits, qmin, n_positions):
+    "Slopes of both signs, at the edge of what each type holds"
+    draw = np.random.default_rng(bits)
+    slope = draw.integers(2**(bits-1), 2**bits, 20)*draw.choice([-1,1], 20)
+    fixed = fixed_of(slope.tolist(), draw.integers(-2**bits, 2**bits, 20).tolist(), max(bits-2, 0), qmin, qmin+255)
+    x = draw.integers(-120, 120, (7,20,5)[:2+n_positions]).astype(np.int32)
+    graph,ends = OnnxGraph(),(np.full(20, -120),np.full(20, 120))
+    dtype = staircase_dtype(fixed, *ends)
+    got = evaluate(graph, staircase(graph, 'x', fixed, dtype, n_positions), x).astype(int)+qmin
+    assert np.array_equal(got, fixed(torch.from_numpy(x)).numpy())
+
+def test_all_types_of_staircases_were_tried():
+    ends = (np.full(1, -120),np.full(1, 120))
+    assert {staircase_dtype(fixed_of([2**bits-1], [0], 0, 0, 1), *ends) for bits in (10,30,47)}=={np.float32,np.float64,np.int64}
+
+spans = [(0,15),(-8,7),(-128,127),(0,255),(-127,127)]
+@pytest.mark.parametrize('a', spans)
+@pytest.mark.parametrize('b', spans)
+@pytest.mark.parametrize('lo,hi', [(0,15),(-128,127),(-8,22)])
+@pytest.mark.parametrize('engine', [run_onnxruntime,run_openvino])
+def test_added(engine, a, b, lo, hi):
+    one,graph = Stored('x', *a, (1,600)),OnnxGraph()
+    stored = stored_like(one)
+    reverse = Stored(graph('Clip', 'x', np.uint8(0), np.uint8(b[1]-b[0])), *b, one.shape)
+    y = added(graph, one, reverse, lo, hi)
+    got = engine(graph.model({'x': (stored.dtype,stored.shape)}, [y.name]), stored).astype(int)-y.zero
+    values = stored.astype(int)
+    assert np.array_equal(got, (values-one.zero+values.clip(0, b[1]-b[0])-reverse.zero).clip(lo, hi))
+
+@pytest.mark.parametrize('lo,hi', [(0,6),(-3,3),(0,100),(5,6),(-100,-50),(50,60)])
+def test_clipped(lo, hi):
+    x,graph = Stored('x', -8, 7, (1,16)),OnnxGraph()
+    stored = np.arange(16, dtype=np.uint8)[None]
+    y = clipped(graph, x, lo, hi)
+    got = stored if y.name=='x' else evaluate(graph, y.name, stored)
+    assert np.array_equal(got.astype(int)-y.zero, (np.arange(16)-8).clip(lo, hi)[None])
+
+def test_concatenated_with_other_zero_points():
+    a,b,graph = Stored('x', -8, 7, (1,16)),Stored('x', 0, 15, (1,16)),OnnxGraph()
+    y = concatenated(graph, [a,b], 1, -8, 15)
+    stored = np.arange(16, dtype=np.uint8)[None]
+    assert np.array_equal(evaluate(graph, y.name, stored).astype(int)-y.zero, [[*range(-8, 8),*range(16)]])
+
+def test_looked_up():
+    x,graph = Stored('x', -128, 127, (1,256)),OnnxGraph()
+    table = np.random.default_rng(0).integers(-5, 100, 256)
+    y = looked_up(graph, x, table, -5, 99)
+    assert np.array_equal(evaluate(graph, y.name, np.arange(256, dtype=np.uint8)[None]).astype(int)-y.zero, table[None])
+
+def test_equal_operators_are_one():
+    graph = OnnxGraph()
+    assert graph('Relu', 'x')==graph('Relu', 'x')
+
+def test_other_options_are_another_operator():
+    graph = OnnxGraph()
+    assert graph('Softmax', 'x', axis=1)!=graph('Softmax', 'x', axis=2)

@@ -7,13 +7,13 @@ __all__ = ['import_onnx', 'OnnxGraph', 'Stored', 'Products', 'partial_bound', 'm
            'staircase_dtype', 'staircase', 'dequantized', 'quantized', 'clipped', 'engine_layer', 'added',
            'concatenated', 'looked_up']
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #f6928819
+# %% ../../nbs/integer/11_onnx_forms.ipynb #ae4268ee
 import numpy as np
 from dataclasses import dataclass, replace
 from .engine_scale import *
 from .steps import *
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #c4076146
+# %% ../../nbs/integer/11_onnx_forms.ipynb #316c1481
 def import_onnx():
     "The package `onnx`; a `FixedPointError` if it is missing"
     try: import onnx
@@ -59,7 +59,7 @@ class OnnxGraph:
         graph = helper.make_graph(self.nodes, 'integer', ports, ends, constants)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10)
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #b146e0af
+# %% ../../nbs/integer/11_onnx_forms.ipynb #b641a792
 @dataclass(frozen=True)
 class Stored:
     "Integers of a graph, in `uint8`: `value + zero`"
@@ -79,7 +79,7 @@ class Stored:
         "The largest integer that is stored"
         return self.hi+self.zero
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #3ff9ff44
+# %% ../../nbs/integer/11_onnx_forms.ipynb #a37f7093
 @dataclass
 class Products:
     "The integer weight of a convolution or linear layer, and how it meets its input"
@@ -112,7 +112,7 @@ def partial_bound(products:Products, x:Stored) -> int:
     lo,hi = products.range(min(x.lo, 0), max(x.hi, 0))
     return int(max(-lo.min(), hi.max()))
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #2fd3e54b
+# %% ../../nbs/integer/11_onnx_forms.ipynb #016ca8c8
 def _channels_last(graph, x):
     n = len(x.shape)
     return graph('Transpose', x.name, perm=[0,*range(2, n),1])
@@ -152,7 +152,7 @@ def conv_integer_sums(graph:OnnxGraph, x:Stored, products:Products) -> str:
     "The sums as int32, channels first, by the operator made for it"
     return graph('ConvInteger', x.name, products.weight.astype(np.int8), x.zero_point, **products.options())
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #f4290df3
+# %% ../../nbs/integer/11_onnx_forms.ipynb #0357fdd7
 def _largest(fixed, lo, hi):
     "Of the magnitudes of A·x + B, and of its parts"
     A,B = (v.numpy().astype(object) for v in (fixed.A,fixed.B))
@@ -190,7 +190,7 @@ def _shifted(graph, sums, A, B, n, top, n_positions):
     x = graph('Clip', x, np.int64(0), np.int64(((top+1) << n)-1))
     return graph.cast(graph('BitShift', graph.cast(x, np.uint64), np.uint64(n), direction='RIGHT'), np.uint8)
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #be2e86ee
+# %% ../../nbs/integer/11_onnx_forms.ipynb #d23bc652
 def dequantized(graph:OnnxGraph, x:Stored) -> str:
     "float32 of the integers themselves"
     return graph('DequantizeLinear', x.name, np.float32(1), x.zero_point)
@@ -203,7 +203,8 @@ def quantized(graph:OnnxGraph, values:str, lo:int, hi:int, shape:tuple) -> Store
 def clipped(graph:OnnxGraph, x:Stored, lo:int, hi:int) -> Stored:
     "The integers between `lo` and `hi`; what is outside becomes one of these"
     if lo<=x.lo and hi>=x.hi: return x
-    lo,hi = min(max(lo, x.lo), x.hi),max(min(hi, x.hi), x.lo)
+    if lo>x.hi or hi<x.lo: return quantized(graph, dequantized(graph, x), lo, hi, x.shape)
+    lo,hi = max(lo, x.lo),min(hi, x.hi)
     bounds = (np.uint8(v+x.zero) for v in (lo,hi))
     return replace(x, name=graph('Clip', x.name, *bounds), lo=lo, hi=hi)
 
@@ -228,7 +229,7 @@ def engine_layer(
     y = quantized(graph, sums, found.qmin, found.qmax, shape)
     return replace(y, name=graph('Squeeze', y.name, np.array([2]))) if one_position else y
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #6c0fb5a1
+# %% ../../nbs/integer/11_onnx_forms.ipynb #39198f79
 def added(graph:OnnxGraph, x:Stored, other:Stored, lo:int, hi:int) -> Stored:
     "`x + other`, between `lo` and `hi`"
     return quantized(graph, graph('Add', dequantized(graph, x), dequantized(graph, other)), lo, hi, x.shape)

@@ -1,0 +1,146 @@
+"""Integer networks in engines: what their arithmetic is, and how fast it is.
+
+    python benchmarks/integer.py [--parts engines,channels,latency] [--rounds 60] [--out benchmarks/results/integer.json]
+
+- `engines`: ONNX Runtime and OpenVINO on quantizers and convolutions of integers, beside the same in NumPy, rounding by rounding. A count of 0
+  means that the formula is what the engine computes, for all of the millions of values that were tried.
+- `channels`: how many channels have a multiplier, a bias and a scale with which the engine is exact, by bits.
+- `latency`: ResNet-18 of width 64 with a 3×3 stem at 64 px, batch 1, one thread: the folded network in float32, its exports as integers, and
+  ONNX Runtime's own static int8, in ONNX Runtime and OpenVINO; interleaved rounds, ratios of medians.
+"""
+import json, time
+from pathlib import Path
+import numpy as np, torch
+from fastcore.script import call_parse
+from torch import nn
+from fastai_bnfold.deploy.engines import import_openvino, signal_stack_kept
+from fastai_bnfold.fold.report import text_table
+from fastai_bnfold.fold.testing import randomize_bn
+from fastai_bnfold.integer.engine_scale import engine_arithmetic, engine_scale
+from fastai_bnfold.integer.onnx_forms import OnnxGraph, Products, Stored, dequantized
+from fastai_bnfold.integer.task import task_of
+from fastai_bnfold.lab.command import machine
+
+f32 = np.float32
+
+# Engines
+
+def onnxruntime_of(model, threads=1, **config):
+    "A function from the input to the first output"
+    import onnxruntime
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads,options.log_severity_level = threads,3
+    engine = onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
+    name = engine.get_inputs()[0].name
+    return lambda x: engine.run(None, {name: x})[0]
+
+def openvino_of(model, threads=1, precision='f32'):
+    "The same in OpenVINO"
+    core = import_openvino().Core()
+    config = {'INFERENCE_NUM_THREADS': threads, 'PERFORMANCE_HINT': 'LATENCY', 'INFERENCE_PRECISION_HINT': precision}
+    with signal_stack_kept(): engine = core.compile_model(core.read_model(model), 'CPU', config)
+    request = engine.create_infer_request()
+    return lambda x: next(iter(request.infer([x]).values())).copy()
+
+engines = dict(onnxruntime=onnxruntime_of, openvino=openvino_of)
+
+def run_both(graph, out, x):
+    "engine → output"
+    model = graph.model({'x': (x.dtype,x.shape)}, [out]).SerializeToString()
+    return {name: make(model)(x) for name,make in engines.items()}
+
+# What they compute
+
+def near_ties(scale, n=5_000_000):
+    "Normal numbers, and numbers next to those that are halfway between two integers"
+    normal = np.random.default_rng(0).standard_normal(n).astype(f32)
+    halves = ((np.arange(-127, 127)+f32(.5)).astype(f32)*scale).astype(f32)
+    return np.concatenate([normal, halves, *(np.nextafter(halves, f32(end)) for end in (-9,9))])
+
+def input_quantizers(scale=f32(.032820765)):
+    "How many of the inputs an engine rounds otherwise than a formula; zero points × formulas × engines"
+    x,res = near_ties(scale),{}
+    formulas = {'x/s in float32': lambda zero: np.rint(x/scale),
+                'x·(1/s) in float32': lambda zero: np.rint(x*(f32(1)/scale)),
+                'x·(1/s)+z in float32': lambda zero: np.rint(x*(f32(1)/scale)+f32(zero))-zero,
+                'x/s in float64': lambda zero: np.rint(x.astype(float)/float(scale))}
+    for zero in (0,128):
+        graph = OnnxGraph()
+        stored = graph('QuantizeLinear', 'x', scale, np.uint8(zero))
+        got = run_both(graph, graph('DequantizeLinear', stored, f32(1), np.uint8(zero)), x)
+        for name,formula in formulas.items():
+            want = formula(zero).clip(-zero, 255-zero)
+            res[f'{name}, zero point {zero}'] = {engine: int((y!=want).sum()) for engine,y in got.items()}
+    graph = OnnxGraph() # rounded first, then stored: nothing is left to chance
+    rounded = graph('Clip', graph('Round', graph('Mul', 'x', f32(1)/scale)), f32(-127), f32(127))
+    stored = graph('QuantizeLinear', rounded, f32(1), np.uint8(128))
+    got = run_both(graph, graph('DequantizeLinear', stored, f32(1), np.uint8(128)), x)
+    want = np.rint(x*(f32(1)/scale)).clip(-127, 127)
+    res['Mul, Round, Clip, then stored'] = {engine: int((y!=want).sum()) for engine,y in got.items()}
+    return res
+
+def layer_outputs(scale, bias, zero, x, weight):
+    "A 1×1 convolution between quantizers, in both engines; then the sums without the bias"
+    graph,n = OnnxGraph(),len(weight)
+    values = dequantized(graph, Stored('x', 0, 255, x.shape))
+    w = graph('DequantizeLinear', weight[:,:,None,None].astype(np.int8), scale, np.zeros(n, np.int8), axis=0)
+    b = graph('DequantizeLinear', bias.astype(np.int32), scale, axis=0)
+    out = graph('QuantizeLinear', graph('Conv', values, w, b, kernel_shape=[1,1]), f32(1), np.uint8(zero))
+    sums = np.einsum('oi,bihw->bohw', weight.astype(np.int64), x.astype(np.int64))
+    return run_both(graph, out, x), sums
+
+def requantization(n=64, size=64):
+    "How many outputs an engine rounds otherwise than a formula"
+    draw = np.random.default_rng(1)
+    x = draw.integers(0, 256, (1,n,size,size)).astype(np.uint8)
+    weight,bias = draw.integers(-127, 128, (n,n)),draw.integers(-100_000, 100_000, n)
+    scales = {'powers of two': np.full(n, 2.**-11), 'beside a power of two': 2.**-11*(1+2.**-23*draw.integers(-3, 4, n)),
+              'any': 1/draw.integers(1000, 3000, n)}
+    res = {}
+    for (name,scale),zero in ((scale,zero) for scale in scales.items() for zero in (0,8,128)):
+        scale = scale.astype(f32)
+        got,sums = layer_outputs(scale, bias, zero, x, weight)
+        column = (1,-1,1,1)
+        for formula,levels_of in engine_arithmetic.items():
+            want = levels_of(sums, bias.reshape(column), scale.reshape(column), zero)+zero
+            wrong = {engine: int((y!=want.clip(0, 255)).sum()) for engine,y in got.items()}
+            res[f"{formula}'s formula, scales {name}, zero point {zero}"] = wrong
+    return res
+
+def engine_facts():
+    "Tables of what was found"
+    res = dict(input=input_quantizers(), layer=requantization())
+    for title,table in res.items():
+        rows = [[name, *counts.values()] for name,counts in table.items()]
+        print(text_table([f'{title}: rounded otherwise', *engines], rows), '\n')
+    return res
+
+# How many channels have a scale
+
+def channel_facts(n=26_560):
+    "By bits of activations and weights: channels that are not exact, wrong inputs, seconds"
+    rows = []
+    for bits,weight_bits in ((2,2),(4,4),(5,5),(6,6),(8,4),(8,8)):
+        torch.manual_seed(0)
+        task = task_of(randomize_bn(nn.BatchNorm1d(n)), 1e-5, (-2**22,2**22), 5/2**bits, bits)
+        begin = time.perf_counter()
+        found = engine_scale(task, 127//(2**(weight_bits-1)-1))
+        seconds = time.perf_counter()-begin
+        wrong = {engine: dict(channels=int((count>0).sum()), inputs=int(count.sum())) for engine,count in found.wrong.items()}
+        rows.append(dict(bits=bits, weight_bits=weight_bits, channels=n, inputs=int(found.n_inputs.sum()), seconds=seconds, wrong=wrong))
+        print(rows[-1], flush=True)
+    return rows
+
+parts_of = dict(engines=engine_facts, channels=channel_facts)
+
+@call_parse
+def main(
+    parts:str='engines,channels', # Which, with commas
+    out:str='benchmarks/results/integer.json' # Where the figures go
+):
+    "Integer networks in engines"
+    res = json.loads(Path(out).read_text()) if Path(out).exists() else {}
+    res['machine'] = machine()
+    for part in parts.split(','):
+        res[part] = parts_of[part]()
+        Path(out).write_text(json.dumps(res, indent=1))
