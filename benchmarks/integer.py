@@ -46,7 +46,7 @@ engines = dict(onnxruntime=onnxruntime_of, openvino=openvino_of)
 
 def run_both(graph, out, x):
     "engine → output"
-    model = graph.model({'x': (x.dtype,x.shape)}, [out]).SerializeToString()
+    model = graph.model({'x': (x.dtype,x.shape)}, {out: (None,None)}).SerializeToString()
     return {name: make(model)(x) for name,make in engines.items()}
 
 # What they compute

@@ -196,7 +196,7 @@ def test_the_cast_to_float32_loses_bits(bias, scale):
 # forms of ONNX
 
 def evaluate(graph, out, x):
-    model = graph.model({'x': (x.dtype,x.shape)}, [out])
+    model = graph.model({'x': (x.dtype,x.shape)}, {out: (None,None)})
     return run_onnxruntime(model, x)
 
 def conv_of(dims, kernel, stride=1, padding=0, dilation=1, groups=1, n=6, out=8):
@@ -283,7 +283,7 @@ def test_added(engine, a, b, lo, hi):
     stored = stored_like(one)
     reverse = Stored(graph('Clip', 'x', np.uint8(0), np.uint8(b[1]-b[0])), *b, one.shape)
     y = added(graph, one, reverse, lo, hi)
-    got = engine(graph.model({'x': (stored.dtype,stored.shape)}, [y.name]), stored).astype(int)-y.zero
+    got = engine(graph.model({'x': (stored.dtype,stored.shape)}, {y.name: (None,None)}), stored).astype(int)-y.zero
     values = stored.astype(int)
     assert np.array_equal(got, (values-one.zero+values.clip(0, b[1]-b[0])-reverse.zero).clip(lo, hi))
 
@@ -314,3 +314,172 @@ def test_equal_operators_are_one():
 def test_other_options_are_another_operator():
     graph = OnnxGraph()
     assert graph('Softmax', 'x', axis=1)!=graph('Softmax', 'x', axis=2)
+
+# networks
+
+import fastai_bnfold.integer.net as net_module
+from fastai_bnfold.all import DeployError
+from fastai_bnfold.integer.export import Exporter, Shapes, onnx_model
+from fastai_bnfold.integer.net import Ints, IntegerNet
+from fastai_bnfold.integer.steps import FixedPointError
+
+def conv_bn(n_in, n_out, kernel=3, stride=1, groups=1, cls=nn.Conv2d, norm=nn.BatchNorm2d, **options):
+    return [cls(n_in, n_out, kernel, stride, kernel//2, groups=groups, **options), norm(n_out)]
+
+class Residual(nn.Module):
+    def __init__(self, n=8, last=True):
+        super().__init__()
+        self.body = nn.Sequential(*conv_bn(n, n), nn.ReLU(), *conv_bn(n, n))
+        self.relu = nn.ReLU() if last else nn.Identity()
+    def forward(self, x): return self.relu(x+self.body(x))
+
+class Double(nn.Module):
+    "A value added to itself"
+    def forward(self, x): return torch.relu(x+x)
+
+def head(n): return nn.AdaptiveAvgPool2d(1),nn.Flatten(),nn.Linear(n, 5)
+
+def build_nets():
+    stem = conv_bn(3, 8)
+    shapes = nn.Sequential(*conv_bn(3, 8, 5, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8*64, 5))
+    one_d = nn.Sequential(*conv_bn(3, 8, cls=nn.Conv1d, norm=nn.BatchNorm1d), nn.ReLU(), nn.MaxPool1d(2),
+                          *conv_bn(8, 8, cls=nn.Conv1d, norm=nn.BatchNorm1d), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(8, 5))
+    return dict(
+        plain=nn.Sequential(*stem, nn.ReLU(), *head(8)),
+        residual=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), Residual(), Residual(), *head(8)),
+        pools=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *conv_bn(8, 8), nn.ReLU(), nn.MaxPool2d(2), *head(8)),
+        signed=nn.Sequential(*conv_bn(3, 8), nn.MaxPool2d(2), *conv_bn(8, 8, 1), *head(8)),
+        depthwise=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), *conv_bn(8, 8, groups=8), nn.ReLU(), *conv_bn(8, 16, 1), nn.ReLU(), *head(16)),
+        grouped=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), *conv_bn(8, 16, groups=2, stride=2), nn.ReLU(), *head(16)),
+        dilated=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=2, dilation=2), nn.BatchNorm2d(8), nn.ReLU(), *head(8)),
+        double=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), Double(), *conv_bn(8, 8), nn.ReLU(), *head(8)),
+        bias=nn.Sequential(*conv_bn(3, 8, bias=True), nn.ReLU(), nn.Dropout(), *conv_bn(8, 8, bias=False), nn.ReLU(), *head(8)),
+        large_pool=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), nn.AdaptiveAvgPool2d((3,20)), nn.Flatten(), nn.Linear(8*60, 5)),
+        flat=shapes, one_d=one_d)
+
+names = list(build_nets())
+def example(name, n=4): return torch.randn(n, 3, 16) if name=='one_d' else torch.randn(n, 3, 16, 16)
+
+@pytest.fixture(scope='module')
+def integer_nets():
+    "name, bits → the network"
+    made = {}
+    def get(name, bits):
+        if (name,bits) not in made:
+            torch.manual_seed(1)
+            made[name,bits] = IntegerNet(randomize_bn(build_nets()[name]).eval(), [example(name, 8)], bits)
+        return made[name,bits]
+    return get
+
+def integers_of(net, x):
+    "value → the integers that the network computes"
+    found = {}
+    class Recorder(net_module._Integers):
+        def run_node(self, n):
+            value = super().run_node(n)
+            if isinstance(value, Ints): found[n.name] = value.x.numpy()
+            return value
+    with torch.no_grad(): Recorder(net).run(x)
+    return found
+
+def all_outputs(model, x):
+    runtime = pytest.importorskip('onnxruntime')
+    options = runtime.SessionOptions()
+    options.add_session_config_entry('session.x64quantprecision', '1')
+    session = runtime.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    return dict(zip([port.name for port in session.get_outputs()], found))
+
+@pytest.mark.parametrize('bits', [2,4,8])
+@pytest.mark.parametrize('name', names)
+def test_all_integers_are_those_of_the_network(name, bits, integer_nets):
+    net = integer_nets(name, bits)
+    model,card = onnx_model(net, (example(name, 1),), integers=True)
+    x = example(name)
+    got,want = all_outputs(model, x),integers_of(net, x)
+    assert len(card.integers)>=2
+    wrong = [v for v in card.integers if not np.array_equal(got[v], want[v.removeprefix('integers_')])]
+    assert not wrong and card.is_exact()
+
+@pytest.mark.parametrize('bits', [4,8])
+@pytest.mark.parametrize('name', names)
+def test_outputs_are_those_of_the_network(name, bits, integer_nets):
+    net,x = integer_nets(name, bits),example(name)
+    model,_ = onnx_model(net, (x[:1],))
+    got,want = all_outputs(model, x)['output0'],net(x).numpy()
+    assert abs(got-want).max()<=1e-5*abs(want).max()
+
+@pytest.mark.parametrize('name', names)
+def test_openvino_agrees_where_the_card_says_so(name, integer_nets):
+    net = integer_nets(name, 4)
+    span = 100*net.scale[next(iter(net.scale))]
+    x = (example(name)*10).round().clamp(-100, 100)/100*span # far from ties
+    model,card = onnx_model(net, (x[:1],))
+    want = net(x).numpy()
+    assert card.is_exact('openvino') and abs(run_openvino(model, x.numpy())-want).max()<=1e-5*abs(want).max()
+
+@pytest.mark.parametrize('name', ['residual','depthwise'])
+def test_the_nearest_comes_near(name, integer_nets):
+    net,x = integer_nets(name, 8),example(name)
+    model,card = onnx_model(net, (x[:1],), exact=False)
+    want = net(x).numpy()
+    assert not card.is_exact() and abs(all_outputs(model, x)['output0']-want).max()<.1*abs(want).max()
+
+def test_four_bits_are_one_operator_each(integer_nets):
+    _,card = onnx_model(integer_nets('residual', 4), (example('residual'),))
+    assert card.count('engine')==len(card.layers)==5
+
+def test_eight_bits_are_exact_in_another_form(integer_nets):
+    _,card = onnx_model(integer_nets('residual', 8), (example('residual'),))
+    assert card.count('exact')>=4 and all('no exact scale' in layer.why for layer in card.layers if layer.way=='exact')
+
+def test_what_is_real_is_named(integer_nets):
+    _,card = onnx_model(integer_nets('plain', 4), (example('plain'),))
+    assert sorted(card.real.values())==['adaptive_avg_pool2d','linear']
+
+def test_inputs_at_the_ends_of_their_span(integer_nets):
+    "Beyond the largest integer there is the largest, not one more"
+    net = integer_nets('plain', 4)
+    x = torch.tensor([-1e9,1e9,-127.5,127.5,-126.5,126.5,.5,-.5]).repeat(96).view(1,3,16,16)*net.scale[next(iter(net.scale))]
+    model,_ = onnx_model(net, (x,), integers=True)
+    first = next(iter(integers_of(net, x)))
+    assert np.array_equal(all_outputs(model, x)[f'integers_{first}'], integers_of(net, x)[first])
+
+def test_names_of_inputs(integer_nets):
+    model,_ = onnx_model(integer_nets('plain', 4), (example('plain'),), names=['image'])
+    assert [port.name for port in model.graph.input]==['image']
+
+def test_the_card_is_in_the_file(integer_nets, tmp_path):
+    import json, onnx
+    card = integer_nets('plain', 4).export(tmp_path/'net.onnx', example('plain'))
+    kept = json.loads(onnx.load(tmp_path/'net.onnx').metadata_props[0].value)
+    assert [layer['way'] for layer in kept['layers']]==[layer.way for layer in card.layers]
+
+def test_an_earlier_file_is_replaced(integer_nets, tmp_path):
+    (tmp_path/'net.onnx').write_text('old')
+    integer_nets('plain', 4).export(tmp_path/'net.onnx', example('plain'))
+    assert (tmp_path/'net.onnx').stat().st_size>1000 and len([*tmp_path.iterdir()])==1
+
+@pytest.mark.parametrize('error,path,args', [(FixedPointError,'net.xml',1), (FixedPointError,'net.onnx',0), (DeployError,'no/net.onnx',1)])
+def test_errors_leave_nothing(error, path, args, integer_nets, tmp_path):
+    with pytest.raises(error): integer_nets('plain', 4).export(tmp_path/path, *[example('plain')]*args)
+    assert not [*tmp_path.iterdir()]
+
+class Strange(nn.Module):
+    def forward(self, x): return torch.special.i0(x)
+
+def test_what_has_no_form_is_named(tmp_path):
+    net = IntegerNet(randomize_bn(nn.Sequential(*conv_bn(3, 8), nn.ReLU(), *head(8), Strange())).eval(), [example('plain')], 4)
+    with pytest.raises(FixedPointError, match='special_i0'): net.export(tmp_path/'net.onnx', example('plain'))
+    assert not [*tmp_path.iterdir()]
+
+def test_without_onnx(integer_nets, tmp_path, monkeypatch):
+    import sys
+    monkeypatch.setitem(sys.modules, 'onnx', None)
+    with pytest.raises(FixedPointError, match='pip install onnx'): integer_nets('plain', 4).export(tmp_path/'net.onnx', example('plain'))
+
+def test_interrupted_writes_leave_nothing(integer_nets, tmp_path, monkeypatch):
+    def interrupt(*args): raise KeyboardInterrupt
+    monkeypatch.setattr('os.replace', interrupt)
+    with pytest.raises(KeyboardInterrupt): integer_nets('plain', 4).export(tmp_path/'net.onnx', example('plain'))
+    assert not [*tmp_path.iterdir()]

@@ -7,13 +7,13 @@ __all__ = ['import_onnx', 'OnnxGraph', 'Stored', 'Products', 'partial_bound', 'm
            'staircase_dtype', 'staircase', 'dequantized', 'quantized', 'clipped', 'engine_layer', 'added',
            'concatenated', 'looked_up']
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #ae4268ee
+# %% ../../nbs/integer/11_onnx_forms.ipynb #bb1c89c5
 import numpy as np
 from dataclasses import dataclass, replace
 from .engine_scale import *
 from .steps import *
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #316c1481
+# %% ../../nbs/integer/11_onnx_forms.ipynb #25e42218
 def import_onnx():
     "The package `onnx`; a `FixedPointError` if it is missing"
     try: import onnx
@@ -26,10 +26,13 @@ class OnnxGraph:
     def __init__(self):
         self.onnx,self.nodes,self.constants,self.known = import_onnx(),[],{},{}
 
-    def constant(self, value) -> str:
-        "Its name; equal ones have one"
+    def constant(self,
+        value,
+        own:bool=False # A name of its own? Else equal ones have one
+    ) -> str:
+        "The name of a constant"
         value = np.asarray(value)
-        key = value.dtype.str, value.shape, value.tobytes()
+        key = value.dtype.str, value.shape, value.tobytes(), own and len(self.constants)
         if key not in self.constants: self.constants[key] = f'constant{len(self.constants)}', value
         return self.constants[key][0]
 
@@ -46,20 +49,26 @@ class OnnxGraph:
         "`x` as `dtype` of NumPy"
         return self('Cast', x, to=self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
 
+    def name(self, value:str, name:str):
+        "Give a value another name as well"
+        self.nodes.append(self.onnx.helper.make_node('Identity', [value], [name], name=name))
+
     def model(self,
         inputs:dict, # name → its dtype and shape
-        outputs:list # Names
+        outputs:dict # The same; (None,None) where it is not known
     ):
         "The `onnx.ModelProto`"
         helper = self.onnx.helper
-        ports = [helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
-                 for name,(dtype,shape) in inputs.items()]
-        ends = [self.onnx.ValueInfoProto(name=name) for name in outputs]
+        def port(name, dtype, shape):
+            if dtype is None: return self.onnx.ValueInfoProto(name=name)
+            return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape)
+        ports = [port(name, dtype, shape) for name,(dtype,shape) in inputs.items()]
+        ends = [port(name, dtype, shape) for name,(dtype,shape) in outputs.items()]
         constants = [self.onnx.numpy_helper.from_array(value, name) for name,value in self.constants.values()]
         graph = helper.make_graph(self.nodes, 'integer', ports, ends, constants)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10)
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #b641a792
+# %% ../../nbs/integer/11_onnx_forms.ipynb #48f4dca9
 @dataclass(frozen=True)
 class Stored:
     "Integers of a graph, in `uint8`: `value + zero`"
@@ -79,7 +88,7 @@ class Stored:
         "The largest integer that is stored"
         return self.hi+self.zero
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #a37f7093
+# %% ../../nbs/integer/11_onnx_forms.ipynb #32f36268
 @dataclass
 class Products:
     "The integer weight of a convolution or linear layer, and how it meets its input"
@@ -112,7 +121,7 @@ def partial_bound(products:Products, x:Stored) -> int:
     lo,hi = products.range(min(x.lo, 0), max(x.hi, 0))
     return int(max(-lo.min(), hi.max()))
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #016ca8c8
+# %% ../../nbs/integer/11_onnx_forms.ipynb #b669f0c2
 def _channels_last(graph, x):
     n = len(x.shape)
     return graph('Transpose', x.name, perm=[0,*range(2, n),1])
@@ -152,7 +161,7 @@ def conv_integer_sums(graph:OnnxGraph, x:Stored, products:Products) -> str:
     "The sums as int32, channels first, by the operator made for it"
     return graph('ConvInteger', x.name, products.weight.astype(np.int8), x.zero_point, **products.options())
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #0357fdd7
+# %% ../../nbs/integer/11_onnx_forms.ipynb #e8bd5443
 def _largest(fixed, lo, hi):
     "Of the magnitudes of A·x + B, and of its parts"
     A,B = (v.numpy().astype(object) for v in (fixed.A,fixed.B))
@@ -190,7 +199,7 @@ def _shifted(graph, sums, A, B, n, top, n_positions):
     x = graph('Clip', x, np.int64(0), np.int64(((top+1) << n)-1))
     return graph.cast(graph('BitShift', graph.cast(x, np.uint64), np.uint64(n), direction='RIGHT'), np.uint8)
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #d23bc652
+# %% ../../nbs/integer/11_onnx_forms.ipynb #7b8a0d54
 def dequantized(graph:OnnxGraph, x:Stored) -> str:
     "float32 of the integers themselves"
     return graph('DequantizeLinear', x.name, np.float32(1), x.zero_point)
@@ -223,13 +232,15 @@ def engine_layer(
         weight = weight[:,:,None]
         values = graph('Unsqueeze', values, np.array([2]))
         products = Products(weight, (1,), (0,), (1,))
-    weight = graph('DequantizeLinear', weight, found.scale, np.zeros(len(weight), np.int8), axis=0)
+    # ONNX Runtime may write a weight and its zero point anew, and stumbles where two weights share one
+    zeros = graph.constant(np.zeros(len(weight), np.int8), own=True)
+    weight = graph('DequantizeLinear', graph.constant(weight, own=True), found.scale, zeros, axis=0)
     bias = graph('DequantizeLinear', found.bias, found.scale, axis=0)
     sums = graph('Conv', values, weight, bias, **products.options())
     y = quantized(graph, sums, found.qmin, found.qmax, shape)
     return replace(y, name=graph('Squeeze', y.name, np.array([2]))) if one_position else y
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #39198f79
+# %% ../../nbs/integer/11_onnx_forms.ipynb #cb0d4fb6
 def added(graph:OnnxGraph, x:Stored, other:Stored, lo:int, hi:int) -> Stored:
     "`x + other`, between `lo` and `hi`"
     return quantized(graph, graph('Add', dequantized(graph, x), dequantized(graph, other)), lo, hi, x.shape)
