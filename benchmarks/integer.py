@@ -1,6 +1,6 @@
 """Integer networks in engines: what their arithmetic is, and how fast it is.
 
-    python benchmarks/integer.py [--parts engines,channels,latency] [--rounds 60] [--out benchmarks/results/integer.json]
+    python benchmarks/integer.py [--parts engines,channels,latency] [--out benchmarks/results/integer.json]
 
 - `engines`: ONNX Runtime and OpenVINO on quantizers and convolutions of integers, beside the same in NumPy, rounding by rounding. A count of 0
   means that the formula is what the engine computes, for all of the millions of values that were tried.
@@ -8,16 +8,20 @@
 - `latency`: ResNet-18 of width 64 with a 3×3 stem at 64 px, batch 1, one thread: the folded network in float32, its exports as integers, and
   ONNX Runtime's own static int8, in ONNX Runtime and OpenVINO; interleaved rounds, ratios of medians.
 """
-import json, time
+import json, os, tempfile, time
 from pathlib import Path
+from statistics import median
 import numpy as np, torch
 from fastcore.script import call_parse
 from torch import nn
 from fastai_bnfold.deploy.engines import import_openvino, signal_stack_kept
+from fastai_bnfold.fold.folder import BNFolder
 from fastai_bnfold.fold.report import text_table
 from fastai_bnfold.fold.testing import randomize_bn
 from fastai_bnfold.integer.engine_scale import engine_arithmetic, engine_scale
+import fastai_bnfold.integer.export # `net.export`
 from fastai_bnfold.integer.onnx_forms import OnnxGraph, Products, Stored, dequantized
+from fastai_bnfold.integer.net import IntegerNet
 from fastai_bnfold.integer.task import task_of
 from fastai_bnfold.lab.command import machine
 
@@ -131,11 +135,88 @@ def channel_facts(n=26_560):
         print(rows[-1], flush=True)
     return rows
 
-parts_of = dict(engines=engine_facts, channels=channel_facts)
+# How fast
+
+class Block(nn.Module):
+    "Two convolutions beside a shortcut"
+    def __init__(self, n_in, n_out, stride):
+        super().__init__()
+        self.conv1,self.bn1,self.act1 = nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False),nn.BatchNorm2d(n_out),nn.ReLU()
+        self.conv2,self.bn2,self.act2 = nn.Conv2d(n_out, n_out, 3, 1, 1, bias=False),nn.BatchNorm2d(n_out),nn.ReLU()
+        short = nn.Conv2d(n_in, n_out, 1, stride, bias=False),nn.BatchNorm2d(n_out)
+        self.short = nn.Sequential(*short) if stride!=1 or n_in!=n_out else nn.Identity()
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x)))))
+        return self.act2(y+self.short(x))
+
+def resnet18(n=64, n_out=10):
+    "With a 3×3 stem, and BN statistics of random images"
+    torch.manual_seed(0)
+    layers,width = [nn.Conv2d(3, n, 3, 1, 1, bias=False), nn.BatchNorm2d(n), nn.ReLU(), nn.MaxPool2d(3, 2, 1)],n
+    for i,wider in enumerate((n,2*n,4*n,8*n)):
+        layers += [Block(width, wider, 1 if i==0 else 2), Block(wider, wider, 1)]
+        width = wider
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, n_out)).train()
+    with torch.no_grad():
+        for _ in range(8): net(torch.randn(16, 3, 64, 64))
+    return net.eval()
+
+def static_int8(file, images, to):
+    "ONNX Runtime's own quantization of a file, per channel"
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    import onnxruntime
+    name = onnxruntime.InferenceSession(str(file), providers=['CPUExecutionProvider']).get_inputs()[0].name
+    class Reader(CalibrationDataReader):
+        def __init__(self): self.left = iter(images.numpy())
+        def get_next(self): return next(({name: image[None]} for image in self.left), None)
+    quantize_static(str(file), str(to), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+                    weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8)
+    return to.read_bytes()
+
+def exported(folder, model, images):
+    "What is timed: name → ONNX file as bytes; and facts about the exports"
+    folded = BNFolder().fold(model, images[:2])
+    file = folder/'float32.onnx'
+    torch.onnx.export(folded, (images[:1],), file, dynamo=True, verbose=False, external_data=False)
+    files,facts = {'float32': file.read_bytes(), 'static int8': static_int8(file, images, folder/'int8.onnx')},{}
+    for bits in (4,8):
+        net = IntegerNet(model, [images], bits)
+        want = net(images[:1]).numpy()
+        for exact in (True,False):
+            name = f"{bits} bits, {'exact' if exact else 'nearest'}"
+            card = net.export(folder/'net.onnx', images[:1], exact=exact)
+            files[name] = (folder/'net.onnx').read_bytes()
+            err = {engine: float(abs(make(files[name])(images[:1].numpy())-want).max()/abs(want).max()) for engine,make in engines.items()}
+            wrong = {engine: [layer.wrong[engine] for layer in card.layers] for engine in engines}
+            sums = {engine: None if None in counts else sum(counts) for engine,counts in wrong.items()}
+            facts[name] = dict(card=str(card), bytes=len(files[name]), max_err=err, wrong=sums, inputs=sum(layer.inputs for layer in card.layers))
+            print(name, facts[name], flush=True)
+    return files, facts
+
+def latency_facts(rounds=60):
+    "Medians and ratios, in both engines"
+    torch.set_num_threads(1)
+    model,images = resnet18(),torch.randn(16, 3, 64, 64)
+    with tempfile.TemporaryDirectory() as folder: files,facts = exported(Path(folder), model, images)
+    runs = {f'{name}, {engine}': make(file) for name,file in files.items() for engine,make in engines.items()}
+    runs['bfloat16, openvino'] = openvino_of(files['float32'], precision='bf16')
+    x,times = images[:1].numpy(),{name: [] for name in runs}
+    for i in range(rounds+3):
+        for name,run in runs.items():
+            begin = time.perf_counter()
+            run(x)
+            if i>=3: times[name].append(time.perf_counter()-begin)
+    base = median(times['float32, onnxruntime'])
+    ms = {name: dict(ms=median(v)*1e3, times_as_fast=base/median(v)) for name,v in times.items()}
+    print(text_table(['batch 1, one thread','ms','times float32'], [[name, f"{v['ms']:.2f}", f"{v['times_as_fast']:.2f}"] for name,v in ms.items()]))
+    return dict(rounds=rounds, load=os.getloadavg()[0], exports=facts, latency=ms)
+
+parts_of = dict(engines=engine_facts, channels=channel_facts, latency=latency_facts)
 
 @call_parse
 def main(
-    parts:str='engines,channels', # Which, with commas
+    parts:str='engines,channels,latency', # Which, with commas
     out:str='benchmarks/results/integer.json' # Where the figures go
 ):
     "Integer networks in engines"

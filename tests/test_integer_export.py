@@ -7,8 +7,9 @@ from fastai_bnfold.integer.engine_scale import (EngineScale, engine_arithmetic, 
                                                 onnxruntime_levels, pair_limit, room_of)
 from fastai_bnfold.integer.fixed_point import FixedPointBN, exact_bn
 from fastai_bnfold.integer.onnx_forms import (OnnxGraph, Products, Stored, added, clipped, concatenated, conv_integer_sums,
-                                              engine_layer, float_sums, looked_up, matmul_sums, partial_bound, quantized,
-                                              staircase, staircase_dtype)
+                                              engine_layer, float_line, float_sums, line_staircase, looked_up,
+                                              matmul_sums, partial_bound, quantized,
+                                              shift_staircase)
 from fastai_bnfold.integer.task import task_of
 
 def make(weight, bias, mean, var, eps=1e-5):
@@ -249,29 +250,69 @@ def test_bound_of_partial_sums():
 def fixed_of(A, B, n, qmin, qmax):
     return FixedPointBN(torch.tensor(A), torch.tensor(B), n, qmin, qmax, torch.int64)
 
-def test_types_of_staircases():
-    "By the bits of A·x + B"
-    lo,hi = np.array([-100]),np.array([100])
-    types = [staircase_dtype(fixed_of([2**i], [-5], 10, 0, 15), lo, hi) for i in (10,16,17,45,46,47,50)]
-    assert types==[np.float32,np.float32,np.float32 if 100*2**17<2**24 else np.float64,np.float64,np.float64,np.int64,np.int64]
-
 @pytest.mark.parametrize('n_positions', [0,1])
 @pytest.mark.parametrize('bits', [10,30,47])
 @pytest.mark.parametrize('qmin', [0,-128])
-def test_staircases(bits, qmin, n_positions):
-    "Slopes of both signs, at the edge of what each type holds"
+def test_shifted_staircases(bits, qmin, n_positions):
+    "Slopes of both signs, up to what 64 bits hold"
     draw = np.random.default_rng(bits)
     slope = draw.integers(2**(bits-1), 2**bits, 20)*draw.choice([-1,1], 20)
     fixed = fixed_of(slope.tolist(), draw.integers(-2**bits, 2**bits, 20).tolist(), max(bits-2, 0), qmin, qmin+255)
     x = draw.integers(-120, 120, (7,20,5)[:2+n_positions]).astype(np.int32)
-    graph,ends = OnnxGraph(),(np.full(20, -120),np.full(20, 120))
-    dtype = staircase_dtype(fixed, *ends)
-    got = evaluate(graph, staircase(graph, 'x', fixed, dtype, n_positions), x).astype(int)+qmin
+    graph = OnnxGraph()
+    got = evaluate(graph, shift_staircase(graph, 'x', fixed, n_positions), x).astype(int)+qmin
     assert np.array_equal(got, fixed(torch.from_numpy(x)).numpy())
 
-def test_all_types_of_staircases_were_tried():
-    ends = (np.full(1, -120),np.full(1, 120))
-    assert {staircase_dtype(fixed_of([2**bits-1], [0], 0, 0, 1), *ends) for bits in (10,30,47)}=={np.float32,np.float64,np.int64}
+def line_task(bits, width, signed, seed=0, n=40):
+    torch.manual_seed(seed)
+    bn,args = randomize_bn(nn.BatchNorm1d(n)),(4/width, (-width,width), 3/2**bits, bits, signed)
+    with torch.no_grad(): bn.weight[:2] = 0.
+    return bn, args, task_of(bn, *args)
+
+def line_of(line, x): return np.floor(x.astype(line.slope.dtype)*line.slope+line.shift).clip(0, line.top)
+
+@pytest.mark.parametrize('dtype', [np.float32,np.float64])
+@pytest.mark.parametrize('signed', [False,True])
+@pytest.mark.parametrize('bits,width', [(2,100),(4,5000),(8,3000),(8,200_000)])
+def test_lines_are_wrong_where_they_say_so(bits, width, signed, dtype):
+    "All inputs of 40 channels, γ of both signs and zero among them"
+    bn,args,task = line_task(bits, width, signed)
+    line = float_line(task, dtype)
+    x = np.arange(-width, width+1)[:,None]
+    want = exact_bn(torch.from_numpy(x).expand(-1, 40), bn, *args).numpy()-task.qmin
+    assert ((line_of(line, x)!=want).sum(0)==line.wrong['twice']).all()
+
+@pytest.mark.parametrize('bits,width', [(2,2**20),(8,2**20),(8,2**24),(8,2**30)])
+def test_float64_has_bits_to_spare(bits, width): assert float_line(line_task(bits, width, False)[2], np.float64).is_exact('twice')
+
+def test_float32_has_not(): assert float_line(line_task(8, 2**24, False)[2], np.float32).wrong['twice'].sum()>0
+
+@pytest.mark.parametrize('rounded', ['twice','once'])
+def test_sums_beyond_24_bits_are_rounded_first(rounded):
+    "At both edges of every step"
+    _,_,task = line_task(4, 2**27, False)
+    line = float_line(task, np.float32)
+    edges = np.unique(np.concatenate([task.stairs.l[task.stairs.l<2**30]+d for d in (-1,0)]))
+    wide = edges[:,None].astype(np.float32)
+    y = wide*line.slope+line.shift if rounded=='twice' else (wide.astype(np.longdouble)*line.slope+line.shift).astype(np.float32)
+    climbing = [-edges if mirrored else edges for mirrored in task.mirrored]
+    want = np.stack([np.searchsorted(*v, 'right') for v in zip(task.stairs.l, climbing)], 1)
+    differs = (np.floor(y).clip(0, 15)!=want).any(0)
+    assert (differs<=(line.wrong[rounded]>0)).all()
+
+@pytest.mark.parametrize('run,dtype', [(run_onnxruntime,np.float32),(run_onnxruntime,np.float64),(run_openvino,np.float32)])
+@pytest.mark.parametrize('bits,width', [(4,30_000),(8,30_000),(8,300_000)])
+def test_engines_compute_lines(run, dtype, bits, width):
+    "OpenVINO may round once or twice"
+    _,_,task = line_task(bits, width, True)
+    line,graph = float_line(task, dtype),OnnxGraph()
+    x = np.broadcast_to(np.arange(-width, width)[None,None], (1,40,2*width)).astype(np.int32)
+    y = line_staircase(graph, 'x', line, 1)
+    got = run(graph.model({'x': (x.dtype,x.shape)}, {y: (None,None)}), x)[0]
+    twice = line_of(line, x[0].T).T
+    wide = x[0].T.astype(dtype).astype(np.longdouble)*line.slope+line.shift
+    once = np.floor(wide.astype(dtype)).clip(0, line.top).T
+    assert (got==twice).all() or run is run_openvino and ((got==twice) | (got==once)).all()
 
 spans = [(0,15),(-8,7),(-128,127),(0,255),(-127,127)]
 @pytest.mark.parametrize('a', spans)
@@ -432,6 +473,25 @@ def test_four_bits_are_one_operator_each(integer_nets):
 def test_eight_bits_are_exact_in_another_form(integer_nets):
     _,card = onnx_model(integer_nets('residual', 8), (example('residual'),))
     assert card.count('exact')>=4 and all('no exact scale' in layer.why for layer in card.layers if layer.way=='exact')
+
+def test_few_bits_are_safe_without_vnni(integer_nets):
+    _,card = onnx_model(integer_nets('residual', 4), (example('residual'),))
+    assert not card.needs_vnni()
+
+def test_eight_bits_need_vnni(integer_nets):
+    _,card = onnx_model(integer_nets('residual', 8), (example('residual'),))
+    assert card.needs_vnni()
+
+@pytest.mark.parametrize('bits', [4,8])
+def test_pairs_fit_where_the_card_says_so(bits, integer_nets):
+    "Looked up in the file: the largest weight beside the largest input"
+    import onnx
+    net = integer_nets('residual', bits)
+    model,card = onnx_model(net, (example('residual'),), exact=False)
+    stored = {v.name: onnx.numpy_helper.to_array(v) for v in model.graph.initializer}
+    weights = [v for v in stored.values() if v.ndim==4]
+    tops = [255] + [2**bits-1]*(len(weights)-1) # the first reads the image
+    assert [layer.pairs_fit for layer in card.layers]==[2*top*abs(w.astype(int)).max()<2**15 for w,top in zip(weights, tops)]
 
 def test_what_is_real_is_named(integer_nets):
     _,card = onnx_model(integer_nets('plain', 4), (example('plain'),))

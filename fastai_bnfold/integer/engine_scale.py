@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['engine_arithmetic', 'onnxruntime_levels', 'openvino_levels', 'first_products', 'room_of', 'pair_limit', 'Corners',
-           'middle_line', 'inverse_scales', 'n_different', 'Search', 'EngineScale', 'engine_scale']
+           'middle_line', 'inverse_scales', 'n_different', 'Search', 'EngineScale', 'climbing_range', 'has_step',
+           'constant_outputs', 'engine_scale']
 
-# %% ../../nbs/integer/10_engine_scale.ipynb #2c10ec39
+# %% ../../nbs/integer/10_engine_scale.ipynb #11ebe547
 import numpy as np
 from dataclasses import dataclass
 from .staircase import *
 
-# %% ../../nbs/integer/10_engine_scale.ipynb #ac52a666
+# %% ../../nbs/integer/10_engine_scale.ipynb #0839a02b
 def _f32(v): return np.asarray(v).astype(np.float32)
 
 def onnxruntime_levels(products, bias, scale, zero):
@@ -25,7 +26,7 @@ def openvino_levels(products, bias, scale, zero):
 
 engine_arithmetic = dict(onnxruntime=onnxruntime_levels, openvino=openvino_levels)
 
-# %% ../../nbs/integer/10_engine_scale.ipynb #59da9029
+# %% ../../nbs/integer/10_engine_scale.ipynb #caefa909
 def first_products(
     levels_of,         # One of `engine_arithmetic`
     bias:np.ndarray,   # Per channel
@@ -42,7 +43,7 @@ def first_products(
     def reaches(products): return levels_of(products, bias, scale, zero)>=levels
     return first_true(reaches, np.floor(near-window).astype(np.int64), np.ceil(near+window).astype(np.int64))
 
-# %% ../../nbs/integer/10_engine_scale.ipynb #77189642
+# %% ../../nbs/integer/10_engine_scale.ipynb #6af0474f
 def room_of(
     weight:np.ndarray, # Integers, channels first
     most:int=127       # The largest weight that the engine takes
@@ -57,7 +58,7 @@ def pair_limit(
     "The largest weight with which the sum of two products fits into 16 bits"
     return min(127, 32767//(2*top))
 
-# %% ../../nbs/integer/10_engine_scale.ipynb #952655d0
+# %% ../../nbs/integer/10_engine_scale.ipynb #c9d8ce00
 class Corners:
     "What a line must pass between: at `l` it is at `half` or above, at `u` below it; channels × levels"
     def __init__(self, l, u, levels):
@@ -92,7 +93,7 @@ def middle_line(corners:Corners) -> tuple:
         right,at_right,falls = (np.where(up, *v) for v in ((right,slope), (at_right,room), (falls,rate)))
     return slope, shift
 
-# %% ../../nbs/integer/10_engine_scale.ipynb #1bc61e3b
+# %% ../../nbs/integer/10_engine_scale.ipynb #6a26534d
 def inverse_scales(corners:Corners, multiplier:np.ndarray, bias:np.ndarray) -> tuple:
     "The smallest and the largest 1/s, in real numbers; the first is larger than the second if there is none"
     at_l = multiplier[:,None]*corners.l+bias[:,None]
@@ -111,7 +112,7 @@ def _middle(least, most, otherwise):
     with np.errstate(divide='ignore', invalid='ignore'): margin = np.where(np.isfinite(most), (most-least)/middle, 2.)
     return middle, np.where(middle>0, margin, -np.inf)
 
-# %% ../../nbs/integer/10_engine_scale.ipynb #48b28714
+# %% ../../nbs/integer/10_engine_scale.ipynb #096160dd
 def n_different(
     first:np.ndarray, # Where one staircase reaches each level; channels × levels
     other:np.ndarray, # Where another one does
@@ -122,7 +123,7 @@ def n_different(
     before = np.maximum.accumulate(np.concatenate([left[:,None], high[:,:-1]], 1), 1)
     return np.maximum(high-np.maximum(low, before), 0).sum(1)
 
-# %% ../../nbs/integer/10_engine_scale.ipynb #84310fda
+# %% ../../nbs/integer/10_engine_scale.ipynb #347bfacf
 class Search:
     "The best multiplier, bias and scale that were offered, for some channels"
     def __init__(self, corners:Corners, stairs:tuple, levels:np.ndarray, zero:int, room:np.ndarray):
@@ -150,7 +151,7 @@ class Search:
         self.multiplier[at],self.bias[at],self.scale[at] = multiplier[better],bias[better],scale[better]
         self.wrong[:,at] = wrong[:,better]
 
-# %% ../../nbs/integer/10_engine_scale.ipynb #66193c70
+# %% ../../nbs/integer/10_engine_scale.ipynb #0c49bfb0
 def _multipliers(search, slope, start, n):
     "The `n` best multipliers, channels × n; 0 where there are fewer"
     m = np.arange(1, max(int(search.room.max()), 1)+1)
@@ -180,7 +181,7 @@ def _candidates(search, tries):
     scale = _f32(1/np.where(m>0, inverse, 1.))
     return m, bias, scale, np.where(m>0, margin, -np.inf)
 
-# %% ../../nbs/integer/10_engine_scale.ipynb #24acd983
+# %% ../../nbs/integer/10_engine_scale.ipynb #6480d65c
 def _run(search, tries=4):
     m,bias,scale,margin = _candidates(search, tries)
     order = (-margin).argsort(1, kind='stable')
@@ -197,7 +198,7 @@ def _run(search, tries=4):
         beside = (search.scale[channels].view(np.int32)+ulps).view(np.float32)
         search.offer(channels, search.multiplier[channels], search.bias[channels], beside)
 
-# %% ../../nbs/integer/10_engine_scale.ipynb #dcb6ee23
+# %% ../../nbs/integer/10_engine_scale.ipynb #8f4582b6
 @dataclass
 class EngineScale:
     "`clip(rint((multiplier·x + bias)·scale))` in an engine's arithmetic, per channel"
@@ -229,7 +230,19 @@ class EngineScale:
                  for name,wrong in self.wrong.items()]
         return f"EngineScale({'; '.join(facts)})"
 
-# %% ../../nbs/integer/10_engine_scale.ipynb #db0c4fc1
+# %% ../../nbs/integer/10_engine_scale.ipynb #b3e85349
+def climbing_range(task) -> tuple:
+    "The smallest and the largest input of each channel; mirrored where γ<0"
+    return tuple(np.where(task.mirrored, -far, near) for far,near in ((task.hi,task.lo), (task.lo,task.hi)))
+
+def has_step(task) -> np.ndarray:
+    "Which channels have more than one output"
+    return ((task.stairs.l<unbounded) & (task.stairs.u>-unbounded)).any(1)
+
+def constant_outputs(task) -> np.ndarray:
+    "The output of each channel that has only one"
+    return task.qmin+(task.stairs.l<unbounded).sum(1)
+
 def _search(task, left, right, room, channels):
     stairs = task.stairs
     corners = Corners(stairs.l[channels], stairs.u[channels], stairs.levels)
@@ -247,10 +260,9 @@ def engine_scale(
     "The multiplier, bias and scale with which engines compute BN and quantizer exactly, or else nearly"
     n = len(task.lo)
     room = np.broadcast_to(room, (n,))
-    left,right = (np.where(task.mirrored, -far, near) for far,near in ((task.hi,task.lo), (task.lo,task.hi)))
-    steps = ((task.stairs.l<unbounded) & (task.stairs.u>-unbounded)).any(1)
-    constant = task.qmin+(task.stairs.l<unbounded).sum(1)
-    multiplier,bias = np.zeros(n, np.int64),np.where(steps, 0, constant)
+    left,right = climbing_range(task)
+    steps = has_step(task)
+    multiplier,bias = np.zeros(n, np.int64),np.where(steps, 0, constant_outputs(task))
     scale = np.ones(n, np.float32)
     wrong = np.zeros((len(engine_arithmetic),n), np.int64)
     with_step = np.flatnonzero(steps)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['int_moves', 'real_forms', 'moves', 'LayerCard', 'ExportCard', 'exact_layer', 'Layer', 'span_of', 'is_inner',
-           'is_clip', 'layer_of', 'Exporter', 'Pending', 'in_float', 'constant_of', 'Shapes', 'onnx_model',
-           'rename_inputs']
+           'is_clip', 'layer_of', 'Exporter', 'best_scale', 'Pending', 'in_float', 'constant_of', 'Shapes',
+           'onnx_model', 'rename_inputs']
 
-# %% ../../nbs/integer/12_export.ipynb #16ddce4c
+# %% ../../nbs/integer/12_export.ipynb #4f7ddbdf
 import json, numpy as np, os, tempfile, torch
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from .onnx_forms import *
 from .steps import *
 from .task import *
 
-# %% ../../nbs/integer/12_export.ipynb #f813f060
+# %% ../../nbs/integer/12_export.ipynb #294c5ef3
 int_moves = {} # PyTorch's operator → what makes ONNX of it
 
 def moves(*names):
@@ -59,7 +59,7 @@ def _pixel_shuffle(graph, x, node, shape):
     factor = arguments(node)['upscale_factor']
     return replace(x, name=graph('DepthToSpace', x.name, blocksize=factor, mode='CRD'), shape=shape)
 
-# %% ../../nbs/integer/12_export.ipynb #8a46bde6
+# %% ../../nbs/integer/12_export.ipynb #47f3fe1a
 def _per_position(value, n): return list(value)*(n//len(value)) if isinstance(value, (tuple,list)) else [value]*n
 
 @moves('max_pool1d','max_pool2d','max_pool3d')
@@ -81,7 +81,7 @@ def _part(graph, x, split, i, shape):
     if len(shape)<len(x.shape): name = graph('Squeeze', name, np.array([dim], np.int64))
     return replace(x, name=name, shape=shape)
 
-# %% ../../nbs/integer/12_export.ipynb #b89608a4
+# %% ../../nbs/integer/12_export.ipynb #8e010a04
 @dataclass
 class LayerCard:
     "How a layer was written"
@@ -92,6 +92,7 @@ class LayerCard:
     channels:int
     inputs:int    # How many sums there can be, over all channels
     wrong:dict    # Engine → for how many of them its output differs from the network's; None: not known
+    pairs_fit:bool # Does the sum of any two products fit into 16 bits? Else processors without VNNI may saturate
     why:str=''    # Why it is not 'engine'
 
 @dataclass
@@ -106,6 +107,10 @@ class ExportCard:
         "Are all integers of `engine` those of the network, for every input?"
         return all(layer.wrong[engine]==0 for layer in self.layers)
 
+    def needs_vnni(self) -> bool:
+        "Would ONNX Runtime saturate on a processor without VNNI? The session option `session.x64quantprecision='1'` mends it"
+        return not all(layer.pairs_fit for layer in self.layers)
+
     def count(self, way:str) -> int:
         "How many layers went this way"
         return sum(layer.way==way for layer in self.layers)
@@ -115,29 +120,38 @@ class ExportCard:
         engines = [engine for engine in engine_arithmetic if self.is_exact(engine)] or ['no engine']
         return f"ExportCard({len(self.layers)} layers: {ways}; exact in {' and '.join(engines)}; {len(self.real)} in floating point)"
 
-# %% ../../nbs/integer/12_export.ipynb #b6291c3e
+# %% ../../nbs/integer/12_export.ipynb #5bef2c16
 def _exact_form(x, products):
     "The fastest exact form of the sums"
     if products.groups==1 and len(products.kernel)<3: return matmul_sums
     return float_sums if partial_bound(products, x)<2**24 else conv_integer_sums
 
+def _staircase(graph, sums, task, fixed, n_positions):
+    "The first type that is right for every input; the graph's value, is it right in OpenVINO?"
+    for dtype in (np.float32,np.float64):
+        line = float_line(task, dtype)
+        if line.is_exact('twice'):
+            value = line_staircase(graph, sums, line, n_positions)
+            return value, dtype is np.float32 and line.is_exact('once')
+    return shift_staircase(graph, sums, fixed, n_positions), False
+
 def exact_layer(
     graph:OnnxGraph,
     x:Stored,
     products:Products,
-    fixed,            # The `FixedPointBN`
+    task,             # Its staircase, from `task_of`
+    fixed,            # Its `FixedPointBN`
     shape:tuple       # Of the outputs
 ) -> tuple:           # The outputs, the form, is it exact in OpenVINO?
     "Sums, then BN and quantizer, in the fastest exact form for ONNX Runtime"
-    lo,hi = products.range(x.lo, x.hi)
-    form,dtype = _exact_form(x, products),staircase_dtype(fixed, lo, hi)
-    n,last = len(products.kernel),form is matmul_sums
-    y = staircase(graph, form(graph, x, products), fixed, dtype, 0 if last else n)
+    form,n = _exact_form(x, products),len(products.kernel)
+    last = form is matmul_sums
+    y,in_openvino = _staircase(graph, form(graph, x, products), task, fixed, 0 if last else n)
     if last and n: y = graph('Transpose', y, perm=[0,n+1,*range(1, n+1)])
-    in_openvino = dtype is np.float32 and partial_bound(products, x)<2**24
-    return Stored(y, fixed.qmin, fixed.qmax, shape), form.__name__, in_openvino
+    in_openvino = in_openvino and partial_bound(products, x)<2**24
+    return Stored(y, task.qmin, task.qmax, shape), form.__name__, in_openvino
 
-# %% ../../nbs/integer/12_export.ipynb #7f46fde4
+# %% ../../nbs/integer/12_export.ipynb #b57de6f4
 @dataclass
 class Layer:
     "A layer of the network: what it reads, its integer weight, its BN and quantizer"
@@ -162,7 +176,7 @@ def layer_of(net, node):
     options = [tuple(_per_position(given[key], n)) for key in ('stride','padding','dilation')]
     return Layer(name, 'sums', given['input'], Products(weight, *options, given['groups']), net.bns[name])
 
-# %% ../../nbs/integer/12_export.ipynb #063ebc25
+# %% ../../nbs/integer/12_export.ipynb #7bb3dee0
 class Exporter:
     "An integer network on its way into an ONNX graph"
     def __init__(self, net, shapes:dict, exact:bool=True, most:int=127):
@@ -182,7 +196,7 @@ class Exporter:
         elif span_of(self.net, node): self.values[node] = self.integers(node, span_of(self.net, node))
         else: self.values[node] = self.real(node)
 
-# %% ../../nbs/integer/12_export.ipynb #fb54f7f7
+# %% ../../nbs/integer/12_export.ipynb #e03fd724
 @patch
 def input(self:Exporter, node):
     "The nearest integers of a real input; other inputs as they are"
@@ -209,31 +223,44 @@ def float_of(self:Exporter, node) -> str:
     scale = np.float32(self.net.scale[node.name])
     return self.graph('DequantizeLinear', value.name, scale, value.zero_point)
 
-# %% ../../nbs/integer/12_export.ipynb #3e48d021
+# %% ../../nbs/integer/12_export.ipynb #123efc8c
 @patch
 def layer(self:Exporter, node, layer):
     "A layer with weights, BN and quantizer"
-    x = self.values[layer.x]
-    lo,hi = layer.products.range(x.lo, x.hi)
+    x,weight = self.values[layer.x],layer.products.weight
     task = layer.task()
-    found = engine_scale(task, room_of(layer.products.weight, self.most))
+    found = best_scale(task, weight, x)
     exact = found.is_exact()
     if exact or not self.exact:
         y = engine_layer(self.graph, x, layer.products, found, self.shape(node))
-        way,form,why = 'engine' if exact else 'nearest','Conv','' if exact else _why_not(found)
+        way,form,largest = 'engine' if exact else 'nearest','Conv',_largest(weight, found.multiplier)
         wrong = {engine: int(count.sum()) for engine,count in found.wrong.items()}
     else:
-        y,form,in_openvino = exact_layer(self.graph, x, layer.products, layer.fixed, self.shape(node))
-        way,why = 'exact',_why_not(found)
+        y,form,in_openvino = exact_layer(self.graph, x, layer.products, task, layer.fixed, self.shape(node))
+        way,largest = 'exact',_largest(weight)
         wrong = dict(onnxruntime=0, openvino=0 if in_openvino else None)
-    self.card.layers.append(LayerCard(layer.name, layer.kind, way, form, len(lo), int(found.n_inputs.sum()), wrong, why))
+    fits = largest<=pair_limit(x.top) or form=='float_sums'
+    why = '' if exact else _why_not(found)
+    self.card.layers.append(LayerCard(layer.name, layer.kind, way, form, len(weight), int(found.n_inputs.sum()), wrong, fits, why))
     return y
+
+def _largest(weight, multiplier=1):
+    return int((abs(weight).reshape(len(weight), -1).max(1)*abs(multiplier)).max())
+
+def best_scale(task, weight:np.ndarray, x:Stored) -> EngineScale:
+    "An `EngineScale` with which pairs of products fit into 16 bits, if it is exact, else one with weights of 8 bits"
+    for most in sorted({pair_limit(x.top),127}):
+        room = room_of(weight, most)
+        if room.min()<1: continue
+        found = engine_scale(task, room)
+        if found.is_exact(): return found
+    return found
 
 def _why_not(found):
     wrong = found.wrong['onnxruntime']
     return f'{(wrong>0).sum()} of {len(wrong)} channels have no exact scale ({wrong.sum():,} inputs would be wrong)'
 
-# %% ../../nbs/integer/12_export.ipynb #4cb3baca
+# %% ../../nbs/integer/12_export.ipynb #2140cc1d
 def _unable(node, why):
     return FixedPointError(f"This network cannot be exported: `{op_name(node)}` ({node.name}) has no form here: {why}.")
 
@@ -269,7 +296,7 @@ def clip(self:Exporter, x, span):
     if isinstance(x, Pending): return quantized(self.graph, x.name, *span, x.shape)
     return clipped(self.graph, x, *span)
 
-# %% ../../nbs/integer/12_export.ipynb #40fc62b7
+# %% ../../nbs/integer/12_export.ipynb #7ddda751
 real_forms = {} # PyTorch's operator → what makes ONNX of it
 
 def in_float(*names):
@@ -354,7 +381,7 @@ def _real_bn(exporter, node, given):
     names = [given[key] for key in ('input','weight','bias','running_mean','running_var')]
     return exporter.graph('BatchNormalization', *names, epsilon=given['eps'])
 
-# %% ../../nbs/integer/12_export.ipynb #ab51d3e2
+# %% ../../nbs/integer/12_export.ipynb #c9d606e2
 @patch
 def real(self:Exporter, node):
     "An operator on real numbers"
@@ -373,7 +400,7 @@ def constant_of(net, node) -> np.ndarray:
     value = getattr(net.gm, node.target).detach()
     return (value.float() if value.is_floating_point() else value).cpu().numpy()
 
-# %% ../../nbs/integer/12_export.ipynb #a9a6b84b
+# %% ../../nbs/integer/12_export.ipynb #bb85060a
 class Shapes(torch.fx.Interpreter):
     "The shapes and dtypes of all values for an example"
     def __init__(self, gm, args):
@@ -390,7 +417,7 @@ class Shapes(torch.fx.Interpreter):
             self.dtypes[n.name] = str(value.dtype).removeprefix('torch.')
         return value
 
-# %% ../../nbs/integer/12_export.ipynb #20c71322
+# %% ../../nbs/integer/12_export.ipynb #13298680
 def onnx_model(
     net:IntegerNet,
     args:tuple,          # An example of its inputs: all sizes are fixed but that of the batch
@@ -434,7 +461,7 @@ def rename_inputs(model, names:dict):
     for node in model.graph.node:
         for i,name in enumerate(node.input): node.input[i] = names.get(name, name)
 
-# %% ../../nbs/integer/12_export.ipynb #2e6b7c55
+# %% ../../nbs/integer/12_export.ipynb #acab798c
 def _write_whole(data, path):
     "All of it or nothing"
     try:

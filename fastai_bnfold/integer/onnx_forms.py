@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['import_onnx', 'OnnxGraph', 'Stored', 'Products', 'partial_bound', 'matmul_sums', 'float_sums', 'conv_integer_sums',
-           'staircase_dtype', 'staircase', 'dequantized', 'quantized', 'clipped', 'engine_layer', 'added',
-           'concatenated', 'looked_up']
+           'line_levels', 'Line', 'float_line', 'line_staircase', 'shift_staircase', 'dequantized', 'quantized',
+           'clipped', 'engine_layer', 'added', 'concatenated', 'looked_up']
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #bb1c89c5
+# %% ../../nbs/integer/11_onnx_forms.ipynb #731705cb
 import numpy as np
 from dataclasses import dataclass, replace
 from .engine_scale import *
+from .staircase import *
 from .steps import *
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #25e42218
+# %% ../../nbs/integer/11_onnx_forms.ipynb #32559d48
 def import_onnx():
     "The package `onnx`; a `FixedPointError` if it is missing"
     try: import onnx
@@ -68,7 +69,7 @@ class OnnxGraph:
         graph = helper.make_graph(self.nodes, 'integer', ports, ends, constants)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10)
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #48f4dca9
+# %% ../../nbs/integer/11_onnx_forms.ipynb #92953b67
 @dataclass(frozen=True)
 class Stored:
     "Integers of a graph, in `uint8`: `value + zero`"
@@ -88,7 +89,7 @@ class Stored:
         "The largest integer that is stored"
         return self.hi+self.zero
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #32f36268
+# %% ../../nbs/integer/11_onnx_forms.ipynb #9b2dd568
 @dataclass
 class Products:
     "The integer weight of a convolution or linear layer, and how it meets its input"
@@ -121,7 +122,7 @@ def partial_bound(products:Products, x:Stored) -> int:
     lo,hi = products.range(min(x.lo, 0), max(x.hi, 0))
     return int(max(-lo.min(), hi.max()))
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #b669f0c2
+# %% ../../nbs/integer/11_onnx_forms.ipynb #a70122ca
 def _channels_last(graph, x):
     n = len(x.shape)
     return graph('Transpose', x.name, perm=[0,*range(2, n),1])
@@ -161,45 +162,82 @@ def conv_integer_sums(graph:OnnxGraph, x:Stored, products:Products) -> str:
     "The sums as int32, channels first, by the operator made for it"
     return graph('ConvInteger', x.name, products.weight.astype(np.int8), x.zero_point, **products.options())
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #e8bd5443
-def _largest(fixed, lo, hi):
-    "Of the magnitudes of A·x + B, and of its parts"
-    A,B = (v.numpy().astype(object) for v in (fixed.A,fixed.B))
-    B = B-int(fixed.qmin)*2**fixed.n
-    ends = [A*lo.astype(object), A*hi.astype(object), B]
-    return int(max(abs(v).max() for v in (*ends, ends[0]+B, ends[1]+B)))
+# %% ../../nbs/integer/11_onnx_forms.ipynb #18700795
+def line_levels(x:np.ndarray, slope:np.ndarray, shift:np.ndarray, fused:bool=False) -> np.ndarray:
+    "`floor(x·slope + shift)` in the type of `slope`; `fused`: rounded once instead of twice"
+    if not fused: return np.floor(x.astype(slope.dtype)*slope+shift)
+    x,wide = x.astype(slope.dtype),np.longdouble
+    return np.floor((x.astype(wide)*slope+shift).astype(slope.dtype))
 
-def staircase_dtype(fixed, lo:np.ndarray, hi:np.ndarray):
-    "The type in which `A·x + B` is exact for all x from `lo` to `hi`: float32, float64 or int64"
-    largest = _largest(fixed, lo, hi)
-    if largest<2**24: return np.float32
-    return np.float64 if largest<2**53 else np.int64
+def _first_of_line(slope, shift, levels, fused):
+    "Where a line reaches each level; channels × levels"
+    slope,shift = slope[:,None],shift[:,None]
+    wide = slope.astype(float)
+    near = ((levels-shift)/wide).astype(float)
+    window = 2+np.finfo(slope.dtype).eps*4*(abs(near)+(abs(shift)+abs(levels))/wide)
+    ends = (np.clip(v, -2.**50, 2.**50).astype(np.int64) for v in (np.floor(near-window),np.ceil(near+window)))
+    return first_true(lambda x: line_levels(x, slope, shift, fused)>=levels, *ends)
 
+@dataclass
+class Line:
+    "A staircase as `floor(x·slope + shift)`, its smallest output being 0"
+    slope:np.ndarray # Negative for γ<0
+    shift:np.ndarray
+    top:int          # The largest output
+    wrong:dict       # Rounded 'twice' or 'once' → for how many inputs it is wrong, per channel
+
+    def is_exact(self, *roundings): return not any(self.wrong[name].any() for name in roundings)
+
+def float_line(
+    task,  # From `task_of`
+    dtype  # np.float32 or np.float64
+) -> Line:
+    "The line in the middle between all corners, and how it does in the arithmetic of `dtype`"
+    n,steps = len(task.lo),has_step(task)
+    slope,shift = np.zeros(n, dtype),(constant_outputs(task)-task.qmin+.5).astype(dtype)
+    wrong = {name: np.zeros(n, np.int64) for name in ('twice','once')}
+    if steps.any():
+        stairs,(left,right) = task.stairs,(v[steps] for v in climbing_range(task))
+        corners = Corners(stairs.l[steps], stairs.u[steps], stairs.levels)
+        slope[steps] = middle_line(corners)[0]
+        middle = corners.room(slope[steps].astype(float))[0] # of the slope as it is stored
+        shift[steps] = middle+.5-task.qmin
+        want = np.minimum(stairs.l[steps], right[:,None]+1)
+        for name,fused in (('twice',False),('once',True)):
+            first = _first_of_line(slope[steps], shift[steps], stairs.levels-task.qmin, fused)
+            first = np.clip(first, left[:,None], right[:,None]+1)
+            wrong[name][steps] = n_different(first, want, left)
+    return Line(np.where(task.mirrored, -slope, slope), shift, task.qmax-task.qmin, wrong)
+
+# %% ../../nbs/integer/11_onnx_forms.ipynb #bdfcfefe
 def _as_row(v, n_positions): return v.reshape(-1, *[1]*n_positions)
 
-def staircase(
+def line_staircase(
     graph:OnnxGraph,
-    sums:str,      # Of any type, exact
-    fixed,         # The `FixedPointBN`
-    dtype,         # From `staircase_dtype`
+    sums:str,         # Of any type, exact
+    line:Line,
     n_positions:int=0 # Dimensions behind that of the channels
-) -> str:          # uint8: its outputs minus the smallest
-    "`clip((A·x + B) >> n)`, bit for bit"
-    A,B,n = fixed.A.numpy().astype(np.int64),fixed.B.numpy().astype(np.int64),fixed.n
-    B,top = B-(fixed.qmin << n),fixed.qmax-fixed.qmin
-    if dtype is np.int64: return _shifted(graph, sums, A, B, n, top, n_positions)
-    factor,shift = (_as_row((v.astype(np.float64)/2.**n).astype(dtype), n_positions) for v in (A,B))
-    x = graph('Add', graph('Mul', graph.cast(sums, dtype), factor), shift)
-    return graph.cast(graph('Clip', x, dtype(0), dtype(top)), np.uint8)
+) -> str:             # uint8
+    "`clip(floor(x·slope + shift))`"
+    dtype = line.slope.dtype.type
+    slope,shift = (_as_row(v, n_positions) for v in (line.slope,line.shift))
+    y = graph('Add', graph('Mul', graph.cast(sums, dtype), slope), shift)
+    return graph.cast(graph('Clip', y, dtype(0), dtype(line.top)), np.uint8)
 
-def _shifted(graph, sums, A, B, n, top, n_positions):
-    "The same with integers of 64 bits"
-    A,B = (_as_row(v, n_positions) for v in (A,B))
-    x = graph('Add', graph('Mul', graph.cast(sums, np.int64), A), B)
-    x = graph('Clip', x, np.int64(0), np.int64(((top+1) << n)-1))
-    return graph.cast(graph('BitShift', graph.cast(x, np.uint64), np.uint64(n), direction='RIGHT'), np.uint8)
+def shift_staircase(
+    graph:OnnxGraph,
+    sums:str,
+    fixed,            # The `FixedPointBN`
+    n_positions:int=0
+) -> str:             # uint8: its outputs minus the smallest
+    "`clip((A·x + B) >> n)` with integers of 64 bits: whatever the line is, this is right"
+    n,top = fixed.n,fixed.qmax-fixed.qmin
+    A,B = (_as_row(v.numpy().astype(np.int64), n_positions) for v in (fixed.A,fixed.B))
+    y = graph('Add', graph('Mul', graph.cast(sums, np.int64), A), B-(fixed.qmin << n))
+    y = graph('Clip', y, np.int64(0), np.int64(((top+1) << n)-1))
+    return graph.cast(graph('BitShift', graph.cast(y, np.uint64), np.uint64(n), direction='RIGHT'), np.uint8)
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #7b8a0d54
+# %% ../../nbs/integer/11_onnx_forms.ipynb #05799daa
 def dequantized(graph:OnnxGraph, x:Stored) -> str:
     "float32 of the integers themselves"
     return graph('DequantizeLinear', x.name, np.float32(1), x.zero_point)
@@ -240,7 +278,7 @@ def engine_layer(
     y = quantized(graph, sums, found.qmin, found.qmax, shape)
     return replace(y, name=graph('Squeeze', y.name, np.array([2]))) if one_position else y
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #cb0d4fb6
+# %% ../../nbs/integer/11_onnx_forms.ipynb #73d902a0
 def added(graph:OnnxGraph, x:Stored, other:Stored, lo:int, hi:int) -> Stored:
     "`x + other`, between `lo` and `hi`"
     return quantized(graph, graph('Add', dequantized(graph, x), dequantized(graph, other)), lo, hi, x.shape)
