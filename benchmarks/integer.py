@@ -6,9 +6,10 @@
   means that the formula is what the engine computes, for all of the millions of values that were tried.
 - `channels`: how many channels have a multiplier, a bias and a scale with which the engine is exact, by bits.
 - `latency`: ResNet-18 of width 64 with a 3×3 stem at 64 px, batch 1, one thread: the folded network in float32, its exports as integers, and
-  ONNX Runtime's own static int8, in ONNX Runtime and OpenVINO; interleaved rounds, ratios of medians.
+  ONNX Runtime's own static int8, in ONNX Runtime and OpenVINO; interleaved rounds in random order, ratios of medians, of the time that passed and of
+  the processor's (which other programs on the machine disturb less).
 """
-import json, os, tempfile, time
+import json, os, random, tempfile, time
 from pathlib import Path
 from statistics import median
 import numpy as np, torch
@@ -201,16 +202,23 @@ def latency_facts(rounds=60):
     with tempfile.TemporaryDirectory() as folder: files,facts = exported(Path(folder), model, images)
     runs = {f'{name}, {engine}': make(file) for name,file in files.items() for engine,make in engines.items()}
     runs['bfloat16, openvino'] = openvino_of(files['float32'], precision='bf16')
-    x,times = images[:1].numpy(),{name: [] for name in runs}
+    x,wall,cpu = images[:1].numpy(),{name: [] for name in runs},{name: [] for name in runs}
+    order = list(runs)
     for i in range(rounds+3):
-        for name,run in runs.items():
-            begin = time.perf_counter()
-            run(x)
-            if i>=3: times[name].append(time.perf_counter()-begin)
-    base = median(times['float32, onnxruntime'])
-    ms = {name: dict(ms=median(v)*1e3, times_as_fast=base/median(v)) for name,v in times.items()}
-    print(text_table(['batch 1, one thread','ms','times float32'], [[name, f"{v['ms']:.2f}", f"{v['times_as_fast']:.2f}"] for name,v in ms.items()]))
-    return dict(rounds=rounds, load=os.getloadavg()[0], exports=facts, latency=ms)
+        random.shuffle(order) # no one comes always behind the same other
+        for name in order:
+            begin = time.perf_counter(),time.process_time()
+            runs[name](x)
+            end = time.perf_counter(),time.process_time()
+            if i<3: continue
+            wall[name].append(end[0]-begin[0])
+            cpu[name].append(end[1]-begin[1])
+    res = {name: dict(ms=1e3*median(wall[name]), cpu_ms=1e3*median(cpu[name])) for name in runs}
+    base = res['float32, onnxruntime']
+    for v in res.values(): v.update(times_as_fast=base['ms']/v['ms'], cpu_times_as_fast=base['cpu_ms']/v['cpu_ms'])
+    rows = [[name, *(f'{v[key]:.2f}' for key in ('ms','times_as_fast','cpu_ms','cpu_times_as_fast'))] for name,v in res.items()]
+    print(text_table(['batch 1, one thread','ms','times float32','ms of the processor','times float32'], rows))
+    return dict(rounds=rounds, load=os.getloadavg()[0], exports=facts, latency=res)
 
 parts_of = dict(engines=engine_facts, channels=channel_facts, latency=latency_facts)
 

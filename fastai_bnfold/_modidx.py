@@ -1876,6 +1876,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                        'fastai_bnfold/integer/onnx_forms.py'),
                                                   'fastai_bnfold.integer.onnx_forms._first_of_line': ( 'integer/onnx_forms.html#_first_of_line',
                                                                                                        'fastai_bnfold/integer/onnx_forms.py'),
+                                                  'fastai_bnfold.integer.onnx_forms._lines': ( 'integer/onnx_forms.html#_lines',
+                                                                                               'fastai_bnfold/integer/onnx_forms.py'),
                                                   'fastai_bnfold.integer.onnx_forms._patches': ( 'integer/onnx_forms.html#_patches',
                                                                                                  'fastai_bnfold/integer/onnx_forms.py'),
                                                   'fastai_bnfold.integer.onnx_forms.added': ( 'integer/onnx_forms.html#added',

@@ -7,7 +7,7 @@ __all__ = ['int_moves', 'real_forms', 'moves', 'LayerCard', 'ExportCard', 'exact
            'is_clip', 'layer_of', 'Exporter', 'best_scale', 'Pending', 'in_float', 'constant_of', 'Shapes',
            'onnx_model', 'rename_inputs']
 
-# %% ../../nbs/integer/12_export.ipynb #4f7ddbdf
+# %% ../../nbs/integer/12_export.ipynb #2e9a0c1b
 import json, numpy as np, os, tempfile, torch
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from .onnx_forms import *
 from .steps import *
 from .task import *
 
-# %% ../../nbs/integer/12_export.ipynb #294c5ef3
+# %% ../../nbs/integer/12_export.ipynb #5e3ed688
 int_moves = {} # PyTorch's operator → what makes ONNX of it
 
 def moves(*names):
@@ -59,7 +59,7 @@ def _pixel_shuffle(graph, x, node, shape):
     factor = arguments(node)['upscale_factor']
     return replace(x, name=graph('DepthToSpace', x.name, blocksize=factor, mode='CRD'), shape=shape)
 
-# %% ../../nbs/integer/12_export.ipynb #47f3fe1a
+# %% ../../nbs/integer/12_export.ipynb #47c09e44
 def _per_position(value, n): return list(value)*(n//len(value)) if isinstance(value, (tuple,list)) else [value]*n
 
 @moves('max_pool1d','max_pool2d','max_pool3d')
@@ -81,7 +81,7 @@ def _part(graph, x, split, i, shape):
     if len(shape)<len(x.shape): name = graph('Squeeze', name, np.array([dim], np.int64))
     return replace(x, name=name, shape=shape)
 
-# %% ../../nbs/integer/12_export.ipynb #8e010a04
+# %% ../../nbs/integer/12_export.ipynb #54acbca0
 @dataclass
 class LayerCard:
     "How a layer was written"
@@ -120,7 +120,7 @@ class ExportCard:
         engines = [engine for engine in engine_arithmetic if self.is_exact(engine)] or ['no engine']
         return f"ExportCard({len(self.layers)} layers: {ways}; exact in {' and '.join(engines)}; {len(self.real)} in floating point)"
 
-# %% ../../nbs/integer/12_export.ipynb #5bef2c16
+# %% ../../nbs/integer/12_export.ipynb #e2321e76
 def _exact_form(x, products):
     "The fastest exact form of the sums"
     if products.groups==1 and len(products.kernel)<3: return matmul_sums
@@ -129,10 +129,9 @@ def _exact_form(x, products):
 def _staircase(graph, sums, task, fixed, n_positions):
     "The first type that is right for every input; the graph's value, is it right in OpenVINO?"
     for dtype in (np.float32,np.float64):
-        line = float_line(task, dtype)
-        if line.is_exact('twice'):
-            value = line_staircase(graph, sums, line, n_positions)
-            return value, dtype is np.float32 and line.is_exact('once')
+        line,in_float32 = float_line(task, dtype),dtype is np.float32
+        if line.is_exact('twice', 'once') or not in_float32 and line.is_exact('twice'):
+            return line_staircase(graph, sums, line, n_positions), in_float32
     return shift_staircase(graph, sums, fixed, n_positions), False
 
 def exact_layer(
@@ -151,7 +150,7 @@ def exact_layer(
     in_openvino = in_openvino and partial_bound(products, x)<2**24
     return Stored(y, task.qmin, task.qmax, shape), form.__name__, in_openvino
 
-# %% ../../nbs/integer/12_export.ipynb #b57de6f4
+# %% ../../nbs/integer/12_export.ipynb #36fa9ecd
 @dataclass
 class Layer:
     "A layer of the network: what it reads, its integer weight, its BN and quantizer"
@@ -176,7 +175,7 @@ def layer_of(net, node):
     options = [tuple(_per_position(given[key], n)) for key in ('stride','padding','dilation')]
     return Layer(name, 'sums', given['input'], Products(weight, *options, given['groups']), net.bns[name])
 
-# %% ../../nbs/integer/12_export.ipynb #7bb3dee0
+# %% ../../nbs/integer/12_export.ipynb #e86d7b15
 class Exporter:
     "An integer network on its way into an ONNX graph"
     def __init__(self, net, shapes:dict, exact:bool=True, most:int=127):
@@ -196,7 +195,7 @@ class Exporter:
         elif span_of(self.net, node): self.values[node] = self.integers(node, span_of(self.net, node))
         else: self.values[node] = self.real(node)
 
-# %% ../../nbs/integer/12_export.ipynb #e03fd724
+# %% ../../nbs/integer/12_export.ipynb #976d30a6
 @patch
 def input(self:Exporter, node):
     "The nearest integers of a real input; other inputs as they are"
@@ -223,7 +222,7 @@ def float_of(self:Exporter, node) -> str:
     scale = np.float32(self.net.scale[node.name])
     return self.graph('DequantizeLinear', value.name, scale, value.zero_point)
 
-# %% ../../nbs/integer/12_export.ipynb #123efc8c
+# %% ../../nbs/integer/12_export.ipynb #d86a17c9
 @patch
 def layer(self:Exporter, node, layer):
     "A layer with weights, BN and quantizer"
@@ -260,7 +259,7 @@ def _why_not(found):
     wrong = found.wrong['onnxruntime']
     return f'{(wrong>0).sum()} of {len(wrong)} channels have no exact scale ({wrong.sum():,} inputs would be wrong)'
 
-# %% ../../nbs/integer/12_export.ipynb #2140cc1d
+# %% ../../nbs/integer/12_export.ipynb #394ee75b
 def _unable(node, why):
     return FixedPointError(f"This network cannot be exported: `{op_name(node)}` ({node.name}) has no form here: {why}.")
 
@@ -296,7 +295,7 @@ def clip(self:Exporter, x, span):
     if isinstance(x, Pending): return quantized(self.graph, x.name, *span, x.shape)
     return clipped(self.graph, x, *span)
 
-# %% ../../nbs/integer/12_export.ipynb #7ddda751
+# %% ../../nbs/integer/12_export.ipynb #a3d535ee
 real_forms = {} # PyTorch's operator → what makes ONNX of it
 
 def in_float(*names):
@@ -381,7 +380,7 @@ def _real_bn(exporter, node, given):
     names = [given[key] for key in ('input','weight','bias','running_mean','running_var')]
     return exporter.graph('BatchNormalization', *names, epsilon=given['eps'])
 
-# %% ../../nbs/integer/12_export.ipynb #c9d606e2
+# %% ../../nbs/integer/12_export.ipynb #5277eeb7
 @patch
 def real(self:Exporter, node):
     "An operator on real numbers"
@@ -400,7 +399,7 @@ def constant_of(net, node) -> np.ndarray:
     value = getattr(net.gm, node.target).detach()
     return (value.float() if value.is_floating_point() else value).cpu().numpy()
 
-# %% ../../nbs/integer/12_export.ipynb #bb85060a
+# %% ../../nbs/integer/12_export.ipynb #6ad3cfea
 class Shapes(torch.fx.Interpreter):
     "The shapes and dtypes of all values for an example"
     def __init__(self, gm, args):
@@ -417,7 +416,7 @@ class Shapes(torch.fx.Interpreter):
             self.dtypes[n.name] = str(value.dtype).removeprefix('torch.')
         return value
 
-# %% ../../nbs/integer/12_export.ipynb #13298680
+# %% ../../nbs/integer/12_export.ipynb #db8ec8dc
 def onnx_model(
     net:IntegerNet,
     args:tuple,          # An example of its inputs: all sizes are fixed but that of the batch
@@ -461,7 +460,7 @@ def rename_inputs(model, names:dict):
     for node in model.graph.node:
         for i,name in enumerate(node.input): node.input[i] = names.get(name, name)
 
-# %% ../../nbs/integer/12_export.ipynb #acab798c
+# %% ../../nbs/integer/12_export.ipynb #ce537876
 def _write_whole(data, path):
     "All of it or nothing"
     try:

@@ -7,14 +7,14 @@ __all__ = ['import_onnx', 'OnnxGraph', 'Stored', 'Products', 'partial_bound', 'm
            'line_levels', 'Line', 'float_line', 'line_staircase', 'shift_staircase', 'dequantized', 'quantized',
            'clipped', 'engine_layer', 'added', 'concatenated', 'looked_up']
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #731705cb
+# %% ../../nbs/integer/11_onnx_forms.ipynb #cb64f122
 import numpy as np
 from dataclasses import dataclass, replace
 from .engine_scale import *
 from .staircase import *
 from .steps import *
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #32559d48
+# %% ../../nbs/integer/11_onnx_forms.ipynb #686b36a1
 def import_onnx():
     "The package `onnx`; a `FixedPointError` if it is missing"
     try: import onnx
@@ -69,7 +69,7 @@ class OnnxGraph:
         graph = helper.make_graph(self.nodes, 'integer', ports, ends, constants)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10)
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #92953b67
+# %% ../../nbs/integer/11_onnx_forms.ipynb #9b8a8477
 @dataclass(frozen=True)
 class Stored:
     "Integers of a graph, in `uint8`: `value + zero`"
@@ -89,7 +89,7 @@ class Stored:
         "The largest integer that is stored"
         return self.hi+self.zero
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #9b2dd568
+# %% ../../nbs/integer/11_onnx_forms.ipynb #71d07f85
 @dataclass
 class Products:
     "The integer weight of a convolution or linear layer, and how it meets its input"
@@ -122,7 +122,7 @@ def partial_bound(products:Products, x:Stored) -> int:
     lo,hi = products.range(min(x.lo, 0), max(x.hi, 0))
     return int(max(-lo.min(), hi.max()))
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #a70122ca
+# %% ../../nbs/integer/11_onnx_forms.ipynb #7df4b038
 def _channels_last(graph, x):
     n = len(x.shape)
     return graph('Transpose', x.name, perm=[0,*range(2, n),1])
@@ -162,7 +162,7 @@ def conv_integer_sums(graph:OnnxGraph, x:Stored, products:Products) -> str:
     "The sums as int32, channels first, by the operator made for it"
     return graph('ConvInteger', x.name, products.weight.astype(np.int8), x.zero_point, **products.options())
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #18700795
+# %% ../../nbs/integer/11_onnx_forms.ipynb #b2834980
 def line_levels(x:np.ndarray, slope:np.ndarray, shift:np.ndarray, fused:bool=False) -> np.ndarray:
     "`floor(x·slope + shift)` in the type of `slope`; `fused`: rounded once instead of twice"
     if not fused: return np.floor(x.astype(slope.dtype)*slope+shift)
@@ -188,28 +188,42 @@ class Line:
 
     def is_exact(self, *roundings): return not any(self.wrong[name].any() for name in roundings)
 
+def _lines(task, channels, slope, ulps):
+    "A slope `ulps` beside the best one, the shift in the middle, and how many inputs are wrong in both roundings"
+    stairs,(left,right) = task.stairs,(v[channels] for v in climbing_range(task))
+    corners = Corners(stairs.l[channels], stairs.u[channels], stairs.levels)
+    slope = slope+ulps*np.spacing(slope)
+    middle = corners.room(slope.astype(float))[0]
+    shift = (middle+.5-task.qmin).astype(slope.dtype)
+    want = np.minimum(stairs.l[channels], right[:,None]+1)
+    def count(fused):
+        first = _first_of_line(slope, shift, stairs.levels-task.qmin, fused)
+        return n_different(np.clip(first, left[:,None], right[:,None]+1), want, left)
+    return slope, shift, np.stack([count(False), count(True)])
+
 def float_line(
     task,  # From `task_of`
     dtype  # np.float32 or np.float64
 ) -> Line:
-    "The line in the middle between all corners, and how it does in the arithmetic of `dtype`"
-    n,steps = len(task.lo),has_step(task)
+    "The line in the middle between all corners, or one beside it, and how it does in the arithmetic of `dtype`"
+    n,left = len(task.lo),np.flatnonzero(has_step(task))
     slope,shift = np.zeros(n, dtype),(constant_outputs(task)-task.qmin+.5).astype(dtype)
-    wrong = {name: np.zeros(n, np.int64) for name in ('twice','once')}
-    if steps.any():
-        stairs,(left,right) = task.stairs,(v[steps] for v in climbing_range(task))
-        corners = Corners(stairs.l[steps], stairs.u[steps], stairs.levels)
-        slope[steps] = middle_line(corners)[0]
-        middle = corners.room(slope[steps].astype(float))[0] # of the slope as it is stored
-        shift[steps] = middle+.5-task.qmin
-        want = np.minimum(stairs.l[steps], right[:,None]+1)
-        for name,fused in (('twice',False),('once',True)):
-            first = _first_of_line(slope[steps], shift[steps], stairs.levels-task.qmin, fused)
-            first = np.clip(first, left[:,None], right[:,None]+1)
-            wrong[name][steps] = n_different(first, want, left)
-    return Line(np.where(task.mirrored, -slope, slope), shift, task.qmax-task.qmin, wrong)
+    wrong = np.zeros((2,n), np.int64)
+    if len(left):
+        corners = Corners(task.stairs.l[left], task.stairs.u[left], task.stairs.levels)
+        best = np.zeros(n, dtype)
+        best[left],wrong[:,left] = middle_line(corners)[0],np.iinfo(np.int64).max//4
+    for ulps in (0,1,-1,2,-2,3,-3):
+        if not len(left): break
+        found = _lines(task, left, best[left], dtype(ulps))
+        better = found[2].sum(0)<wrong[:,left].sum(0)
+        at = left[better]
+        slope[at],shift[at],wrong[:,at] = found[0][better],found[1][better],found[2][:,better]
+        left = left[wrong[:,left].any(0)]
+        if len(left)>n//4: break # float32 is too coarse for such a layer
+    return Line(np.where(task.mirrored, -slope, slope), shift, task.qmax-task.qmin, dict(zip(('twice','once'), wrong)))
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #bdfcfefe
+# %% ../../nbs/integer/11_onnx_forms.ipynb #4d57f9f7
 def _as_row(v, n_positions): return v.reshape(-1, *[1]*n_positions)
 
 def line_staircase(
@@ -237,7 +251,7 @@ def shift_staircase(
     y = graph('Clip', y, np.int64(0), np.int64(((top+1) << n)-1))
     return graph.cast(graph('BitShift', graph.cast(y, np.uint64), np.uint64(n), direction='RIGHT'), np.uint8)
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #05799daa
+# %% ../../nbs/integer/11_onnx_forms.ipynb #1d55fbbb
 def dequantized(graph:OnnxGraph, x:Stored) -> str:
     "float32 of the integers themselves"
     return graph('DequantizeLinear', x.name, np.float32(1), x.zero_point)
@@ -278,7 +292,7 @@ def engine_layer(
     y = quantized(graph, sums, found.qmin, found.qmax, shape)
     return replace(y, name=graph('Squeeze', y.name, np.array([2]))) if one_position else y
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #73d902a0
+# %% ../../nbs/integer/11_onnx_forms.ipynb #74bbf9a1
 def added(graph:OnnxGraph, x:Stored, other:Stored, lo:int, hi:int) -> Stored:
     "`x + other`, between `lo` and `hi`"
     return quantized(graph, graph('Add', dequantized(graph, x), dequantized(graph, other)), lo, hi, x.shape)
