@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['import_onnx', 'OnnxGraph', 'Stored', 'Products', 'partial_bound', 'matmul_sums', 'float_sums', 'conv_integer_sums',
            'line_levels', 'Line', 'float_line', 'line_staircase', 'shift_staircase', 'dequantized', 'quantized',
-           'clipped', 'engine_layer', 'added', 'concatenated', 'looked_up']
+           'clipped', 'engine_layer', 'added', 'concatenated', 'looked_up', 'products_of', 'real_sums']
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #cb64f122
+# %% ../../nbs/integer/11_onnx_forms.ipynb #7ac978d2
 import numpy as np
 from dataclasses import dataclass, replace
 from .engine_scale import *
 from .staircase import *
 from .steps import *
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #686b36a1
+# %% ../../nbs/integer/11_onnx_forms.ipynb #14b3adcd
 def import_onnx():
     "The package `onnx`; a `FixedPointError` if it is missing"
     try: import onnx
@@ -69,7 +69,7 @@ class OnnxGraph:
         graph = helper.make_graph(self.nodes, 'integer', ports, ends, constants)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10)
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #9b8a8477
+# %% ../../nbs/integer/11_onnx_forms.ipynb #e59ef107
 @dataclass(frozen=True)
 class Stored:
     "Integers of a graph, in `uint8`: `value + zero`"
@@ -89,7 +89,7 @@ class Stored:
         "The largest integer that is stored"
         return self.hi+self.zero
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #71d07f85
+# %% ../../nbs/integer/11_onnx_forms.ipynb #2604411e
 @dataclass
 class Products:
     "The integer weight of a convolution or linear layer, and how it meets its input"
@@ -122,7 +122,7 @@ def partial_bound(products:Products, x:Stored) -> int:
     lo,hi = products.range(min(x.lo, 0), max(x.hi, 0))
     return int(max(-lo.min(), hi.max()))
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #7df4b038
+# %% ../../nbs/integer/11_onnx_forms.ipynb #5f87e804
 def _channels_last(graph, x):
     n = len(x.shape)
     return graph('Transpose', x.name, perm=[0,*range(2, n),1])
@@ -162,7 +162,7 @@ def conv_integer_sums(graph:OnnxGraph, x:Stored, products:Products) -> str:
     "The sums as int32, channels first, by the operator made for it"
     return graph('ConvInteger', x.name, products.weight.astype(np.int8), x.zero_point, **products.options())
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #b2834980
+# %% ../../nbs/integer/11_onnx_forms.ipynb #d6ad49eb
 def line_levels(x:np.ndarray, slope:np.ndarray, shift:np.ndarray, fused:bool=False) -> np.ndarray:
     "`floor(x·slope + shift)` in the type of `slope`; `fused`: rounded once instead of twice"
     if not fused: return np.floor(x.astype(slope.dtype)*slope+shift)
@@ -223,7 +223,7 @@ def float_line(
         if len(left)>n//4: break # float32 is too coarse for such a layer
     return Line(np.where(task.mirrored, -slope, slope), shift, task.qmax-task.qmin, dict(zip(('twice','once'), wrong)))
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #4d57f9f7
+# %% ../../nbs/integer/11_onnx_forms.ipynb #ce3c756d
 def _as_row(v, n_positions): return v.reshape(-1, *[1]*n_positions)
 
 def line_staircase(
@@ -251,7 +251,7 @@ def shift_staircase(
     y = graph('Clip', y, np.int64(0), np.int64(((top+1) << n)-1))
     return graph.cast(graph('BitShift', graph.cast(y, np.uint64), np.uint64(n), direction='RIGHT'), np.uint8)
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #1d55fbbb
+# %% ../../nbs/integer/11_onnx_forms.ipynb #20de9075
 def dequantized(graph:OnnxGraph, x:Stored) -> str:
     "float32 of the integers themselves"
     return graph('DequantizeLinear', x.name, np.float32(1), x.zero_point)
@@ -292,7 +292,7 @@ def engine_layer(
     y = quantized(graph, sums, found.qmin, found.qmax, shape)
     return replace(y, name=graph('Squeeze', y.name, np.array([2]))) if one_position else y
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #74bbf9a1
+# %% ../../nbs/integer/11_onnx_forms.ipynb #5841a2d7
 def added(graph:OnnxGraph, x:Stored, other:Stored, lo:int, hi:int) -> Stored:
     "`x + other`, between `lo` and `hi`"
     return quantized(graph, graph('Add', dequantized(graph, x), dequantized(graph, other)), lo, hi, x.shape)
@@ -312,3 +312,19 @@ def looked_up(graph:OnnxGraph, x:Stored, table:np.ndarray, lo:int, hi:int) -> St
     whole = np.zeros(256, np.uint8)
     whole[x.lo+x.zero:x.hi+x.zero+1] = np.asarray(table)+zero
     return Stored(graph('Gather', whole, graph.cast(x.name, np.int32)), lo, hi, x.shape, zero)
+
+# %% ../../nbs/integer/11_onnx_forms.ipynb #de7ad622
+def products_of(graph:OnnxGraph, x:Stored, other:Stored) -> str:
+    "`x·other` as float32, exact; shapes as in NumPy"
+    return graph('Mul', dequantized(graph, x), dequantized(graph, other))
+
+def real_sums(
+    graph:OnnxGraph,
+    sums:str,          # Of any type
+    scale:np.ndarray,  # What 1 stands for, per channel
+    bias:np.ndarray=None,
+    n_positions:int=0  # Dimensions behind that of the channels
+) -> str:
+    "float32 of what the sums stand for"
+    real = graph('Mul', graph.cast(sums, np.float32), _as_row(np.float32(scale), n_positions))
+    return real if bias is None else graph('Add', real, _as_row(np.float32(bias), n_positions))
