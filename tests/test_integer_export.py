@@ -466,6 +466,33 @@ def test_the_nearest_comes_near(name, integer_nets):
     want = net(x).numpy()
     assert not card.is_exact() and abs(all_outputs(model, x)['output0']-want).max()<.1*abs(want).max()
 
+def following(name):
+    torch.manual_seed(1)
+    net = IntegerNet(randomize_bn(build_nets()[name]).eval(), [example(name, 8)], 8)
+    return net, net.follow_engine()
+
+@pytest.mark.parametrize('name', names)
+def test_a_network_that_follows_the_engine(name):
+    "All integers, in one operator a layer"
+    net,changed = following(name)
+    model,card = onnx_model(net, (example(name, 1),), integers=True)
+    x = example(name)
+    got,want = all_outputs(model, x),integers_of(net, x)
+    assert all(np.array_equal(got[v], want[v.removeprefix('integers_')]) for v in card.integers)
+    assert card.is_exact() and card.count('adopted')==len(changed) and not card.count('exact')
+
+def test_following_changes_little():
+    _,changed = following('residual')
+    assert changed and all(0<wrong<n/500 for wrong,n in changed.values())
+
+def test_following_twice_changes_nothing(): assert following('plain')[0].follow_engine()=={}
+
+def test_a_layer_that_follows_is_its_scale():
+    net,changed = following('residual')
+    layer = net.bns[next(iter(changed))]
+    x = torch.randint(-10**6, 10**6, (5,len(layer.scale),7))
+    assert np.array_equal(layer(x).numpy(), layer.found(x.numpy()))
+
 def test_four_bits_are_one_operator_each(integer_nets):
     _,card = onnx_model(integer_nets('residual', 4), (example('residual'),))
     assert card.count('engine')==len(card.layers)==5
