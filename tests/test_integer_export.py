@@ -552,6 +552,32 @@ def test_errors_leave_nothing(error, path, args, integer_nets, tmp_path):
     with pytest.raises(error): integer_nets('plain', 4).export(tmp_path/path, *[example('plain')]*args)
     assert not [*tmp_path.iterdir()]
 
+class Real(nn.Module):
+    "What works on real numbers, behind the last integers"
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+    def forward(self, x): return self.f(torch.sigmoid(x))
+
+real_functions = dict(
+    silu=nn.SiLU(), gelu=nn.GELU(), leaky=nn.LeakyReLU(.2), relu6=nn.ReLU6(), hardtanh=nn.Hardtanh(-.2, .7), hardswish=nn.Hardswish(),
+    hardsigmoid=nn.Hardsigmoid(), mish=nn.Mish(), tanh=nn.Tanh(), conv=nn.Conv2d(8, 4, 3, 2, 1), norm=nn.BatchNorm2d(8),
+    max_pool=nn.MaxPool2d(3, 2, 1), average=nn.AvgPool2d(2), softmax=nn.Softmax(1), mean=lambda x: x.mean((2,3)),
+    cat=lambda x: torch.cat([x,x*2.], 1), chunk=lambda x: x.chunk(2, 1)[1], minus=lambda x: x-.5,
+    clamp=lambda x: x.clamp(max=.6), transpose=lambda x: x.transpose(1, 2), slice=lambda x: x[:,:,2:-1:2], division=lambda x: x/3.)
+
+@pytest.mark.parametrize('name', real_functions)
+def test_real_numbers(name):
+    torch.manual_seed(0)
+    net = IntegerNet(randomize_bn(nn.Sequential(*conv_bn(3, 8), nn.ReLU(), Real(real_functions[name]))).eval(), [example('plain')], 4)
+    x = example('plain')
+    model,card = onnx_model(net, (x,))
+    got,want = all_outputs(model, x)['output0'],net(x).numpy()
+    assert got.shape==want.shape and abs(got-want).max()<=1e-5*abs(want).max()
+
+def test_an_example_that_does_not_run(integer_nets):
+    with pytest.raises(FixedPointError, match='does not run on this example'): onnx_model(integer_nets('plain', 4), (torch.randn(1, 7, 9, 9),))
+
 class Strange(nn.Module):
     def forward(self, x): return torch.special.i0(x)
 
