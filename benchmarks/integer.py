@@ -177,24 +177,26 @@ def static_int8(file, images, to):
                     weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8)
     return to.read_bytes()
 
+exports = [('4 bits',4,{}), ('6 bits',6,{}), ('6 bits for OpenVINO',6,dict(engine='openvino')), ('8 bits',8,{}),
+           ('8 bits, following',8,dict(follow=True)), ('8 bits, nearest',8,dict(exact=False))]
+
 def exported(folder, model, images):
     "What is timed: name → ONNX file as bytes; and facts about the exports"
     folded = BNFolder().fold(model, images[:2])
     file = folder/'float32.onnx'
     torch.onnx.export(folded, (images[:1],), file, dynamo=True, verbose=False, external_data=False)
     files,facts = {'float32': file.read_bytes(), 'static int8': static_int8(file, images, folder/'int8.onnx')},{}
-    for bits in (4,8):
+    for name,bits,options in exports:
         net = IntegerNet(model, [images], bits)
+        if options.get('follow'): net.follow_engine()
         want = net(images[:1]).numpy()
-        for exact in (True,False):
-            name = f"{bits} bits, {'exact' if exact else 'nearest'}"
-            card = net.export(folder/'net.onnx', images[:1], exact=exact)
-            files[name] = (folder/'net.onnx').read_bytes()
-            err = {engine: float(abs(make(files[name])(images[:1].numpy())-want).max()/abs(want).max()) for engine,make in engines.items()}
-            wrong = {engine: [layer.wrong[engine] for layer in card.layers] for engine in engines}
-            sums = {engine: None if None in counts else sum(counts) for engine,counts in wrong.items()}
-            facts[name] = dict(card=str(card), bytes=len(files[name]), max_err=err, wrong=sums, inputs=sum(layer.inputs for layer in card.layers))
-            print(name, facts[name], flush=True)
+        card = net.export(folder/'net.onnx', images[:1], **{k: v for k,v in options.items() if k!='follow'})
+        files[name] = (folder/'net.onnx').read_bytes()
+        err = {engine: float(abs(make(files[name])(images[:1].numpy())-want).max()/abs(want).max()) for engine,make in engines.items()}
+        wrong = {engine: [layer.wrong[engine] for layer in card.layers] for engine in engines}
+        sums = {engine: None if None in counts else sum(counts) for engine,counts in wrong.items()}
+        facts[name] = dict(card=str(card), bytes=len(files[name]), max_err=err, wrong=sums, inputs=sum(layer.inputs for layer in card.layers))
+        print(name, facts[name], flush=True)
     return files, facts
 
 def latency_facts(rounds=60):

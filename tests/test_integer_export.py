@@ -501,6 +501,20 @@ def test_eight_bits_are_exact_in_another_form(integer_nets):
     _,card = onnx_model(integer_nets('residual', 8), (example('residual'),))
     assert card.count('exact')>=4 and all('no exact scale' in layer.why for layer in card.layers if layer.way=='exact')
 
+@pytest.mark.parametrize('run,engine', [(run_onnxruntime,'onnxruntime'),(run_openvino,'openvino')])
+@pytest.mark.parametrize('name', ['residual','pools','grouped','depthwise','one_d'])
+def test_six_bits_in_both_engines(name, run, engine, integer_nets):
+    "Sums and staircases in float32, for the engine that is asked for"
+    net = integer_nets(name, 6)
+    scale = net.scale[next(iter(net.scale))]
+    x = (example(name)*30).round().clamp(-120, 120)*scale # far from ties
+    model,card = onnx_model(net, (x[:1],), engine=engine)
+    want = net(x).numpy()
+    assert card.is_exact(engine) and abs(run(model, x.numpy())-want).max()<=1e-5*abs(want).max()
+
+def test_unknown_engine(integer_nets):
+    with pytest.raises(FixedPointError, match="'tensorrt'"): onnx_model(integer_nets('plain', 4), (example('plain'),), engine='tensorrt')
+
 def test_few_bits_are_safe_without_vnni(integer_nets):
     _,card = onnx_model(integer_nets('residual', 4), (example('residual'),))
     assert not card.needs_vnni()

@@ -7,7 +7,7 @@ __all__ = ['int_moves', 'splits', 'real_forms', 'moves', 'LayerCard', 'ExportCar
            'is_inner', 'is_clip', 'layer_of', 'Exporter', 'best_scale', 'Pending', 'in_float', 'constant_of', 'Shapes',
            'onnx_model', 'rename_inputs']
 
-# %% ../../nbs/integer/12_export.ipynb #e5231fa4
+# %% ../../nbs/integer/12_export.ipynb #9498d325
 import json, numpy as np, os, tempfile, torch
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from .onnx_forms import *
 from .steps import *
 from .task import *
 
-# %% ../../nbs/integer/12_export.ipynb #ccc5fd2c
+# %% ../../nbs/integer/12_export.ipynb #52b54fae
 int_moves = {} # PyTorch's operator → what makes ONNX of it
 
 def moves(*names):
@@ -60,7 +60,7 @@ def _pixel_shuffle(graph, x, node, shape):
     factor = arguments(node)['upscale_factor']
     return replace(x, name=graph('DepthToSpace', x.name, blocksize=factor, mode='CRD'), shape=shape)
 
-# %% ../../nbs/integer/12_export.ipynb #15c9f2e4
+# %% ../../nbs/integer/12_export.ipynb #0de8b956
 def _per_position(value, n): return list(value)*(n//len(value)) if isinstance(value, (tuple,list)) else [value]*n
 
 @moves('max_pool1d','max_pool2d','max_pool3d')
@@ -82,7 +82,7 @@ def _part(graph, x, split, i, shape):
     if len(shape)<len(x.shape): name = graph('Squeeze', name, np.array([dim], np.int64))
     return replace(x, name=name, shape=shape)
 
-# %% ../../nbs/integer/12_export.ipynb #9fbcae76
+# %% ../../nbs/integer/12_export.ipynb #4912bc67
 @dataclass
 class LayerCard:
     "How a layer was written"
@@ -121,11 +121,13 @@ class ExportCard:
         engines = [engine for engine in engine_arithmetic if self.is_exact(engine)] or ['no engine']
         return f"ExportCard({len(self.layers)} layers: {ways}; exact in {' and '.join(engines)}; {len(self.real)} in floating point)"
 
-# %% ../../nbs/integer/12_export.ipynb #10bc7f2f
-def _exact_form(x, products):
+# %% ../../nbs/integer/12_export.ipynb #615da7ae
+def _exact_form(x, products, engine):
     "The fastest exact form of the sums"
+    small = partial_bound(products, x)<2**24
+    if engine=='openvino' and small: return float_sums # its product of matrices is one of float32, too
     if products.groups==1 and len(products.kernel)<3: return matmul_sums
-    return float_sums if partial_bound(products, x)<2**24 else conv_integer_sums
+    return float_sums if small else conv_integer_sums
 
 def _staircase(graph, sums, task, fixed, n_positions):
     "The first type that is right for every input; the graph's value, is it right in OpenVINO?"
@@ -141,17 +143,18 @@ def exact_layer(
     products:Products,
     task,             # Its staircase, from `task_of`
     fixed,            # Its `FixedPointBN`
-    shape:tuple       # Of the outputs
+    shape:tuple,      # Of the outputs
+    engine:str='onnxruntime' # The one that is to be fast
 ) -> tuple:           # The outputs, the form, is it exact in OpenVINO?
-    "Sums, then BN and quantizer, in the fastest exact form for ONNX Runtime"
-    form,n = _exact_form(x, products),len(products.kernel)
+    "Sums, then BN and quantizer, in the fastest form that is exact in ONNX Runtime"
+    form,n = _exact_form(x, products, engine),len(products.kernel)
     last = form is matmul_sums
     y,in_openvino = _staircase(graph, form(graph, x, products), task, fixed, 0 if last else n)
     if last and n: y = graph('Transpose', y, perm=[0,n+1,*range(1, n+1)])
     in_openvino = in_openvino and partial_bound(products, x)<2**24
     return Stored(y, task.qmin, task.qmax, shape), form.__name__, in_openvino
 
-# %% ../../nbs/integer/12_export.ipynb #a084bf38
+# %% ../../nbs/integer/12_export.ipynb #e5242c12
 class EngineBN(nn.Module):
     "BN and quantizer as ONNX Runtime computes them behind a convolution: integers to integers"
     def __init__(self, found:EngineScale, args:tuple):
@@ -171,7 +174,7 @@ class EngineBN(nn.Module):
 
     def extra_repr(self): return f'{len(self.scale)} channels, outputs {self.found.qmin}..{self.found.qmax}'
 
-# %% ../../nbs/integer/12_export.ipynb #49bb8c47
+# %% ../../nbs/integer/12_export.ipynb #05c64c18
 @dataclass
 class Layer:
     "A layer of the network: what it reads, its integer weight, its BN and quantizer"
@@ -196,11 +199,11 @@ def layer_of(net, node):
     options = [tuple(_per_position(given[key], n)) for key in ('stride','padding','dilation')]
     return Layer(name, 'sums', given['input'], Products(weight, *options, given['groups']), net.bns[name])
 
-# %% ../../nbs/integer/12_export.ipynb #8b157139
+# %% ../../nbs/integer/12_export.ipynb #47bb85df
 class Exporter:
     "An integer network on its way into an ONNX graph"
-    def __init__(self, net, shapes:dict, exact:bool=True, most:int=127):
-        self.net,self.shapes,self.exact,self.most = net,shapes,exact,most
+    def __init__(self, net, shapes:dict, exact:bool=True, engine:str='onnxruntime'):
+        self.net,self.shapes,self.exact,self.engine = net,shapes,exact,engine
         self.graph,self.card = OnnxGraph(),ExportCard(exact)
         self.values,self.inputs,self.outputs = {},{},[]
         for node in net.gm.graph.nodes: self.visit(node)
@@ -216,7 +219,7 @@ class Exporter:
         elif span_of(self.net, node): self.values[node] = self.integers(node, span_of(self.net, node))
         else: self.values[node] = self.real(node)
 
-# %% ../../nbs/integer/12_export.ipynb #83dee970
+# %% ../../nbs/integer/12_export.ipynb #8e4f0ff0
 @patch
 def input(self:Exporter, node):
     "The nearest integers of a real input; other inputs as they are"
@@ -243,45 +246,45 @@ def float_of(self:Exporter, node) -> str:
     scale = np.float32(self.net.scale[node.name])
     return self.graph('DequantizeLinear', value.name, scale, value.zero_point)
 
-# %% ../../nbs/integer/12_export.ipynb #efa6d033
+# %% ../../nbs/integer/12_export.ipynb #8114c879
 @patch
 def layer(self:Exporter, node, layer):
     "A layer with weights, BN and quantizer"
     x,weight,task = self.values[layer.x],layer.products.weight,layer.task()
     adopted = isinstance(layer.fixed, EngineBN)
-    found = layer.fixed.found if adopted else best_scale(task, weight, x)
-    exact = adopted or found.is_exact()
+    found = layer.fixed.found if adopted else best_scale(task, weight, x, self.engine)
+    exact = adopted or found.is_exact(self.engine)
     if exact or not self.exact:
         y = engine_layer(self.graph, x, layer.products, found, self.shape(node))
         way,form,largest = 'engine' if exact else 'nearest','Conv',_largest(weight, found.multiplier)
         wrong = {engine: int(count.sum()) for engine,count in found.wrong.items()}
         if adopted: way,wrong = 'adopted',dict(onnxruntime=0, openvino=None)
     else:
-        y,form,in_openvino = exact_layer(self.graph, x, layer.products, task, layer.fixed, self.shape(node))
+        y,form,in_openvino = exact_layer(self.graph, x, layer.products, task, layer.fixed, self.shape(node), self.engine)
         way,largest = 'exact',_largest(weight)
         wrong = dict(onnxruntime=0, openvino=0 if in_openvino else None)
     fits = largest<=pair_limit(x.top) or form=='float_sums'
-    why = '' if found.is_exact() else _why_not(found)
+    why = '' if found.is_exact(self.engine) else _why_not(found, self.engine)
     self.card.layers.append(LayerCard(layer.name, layer.kind, way, form, len(weight), int(found.n_inputs.sum()), wrong, fits, why))
     return y
 
 def _largest(weight, multiplier=1):
     return int((abs(weight).reshape(len(weight), -1).max(1)*abs(multiplier)).max())
 
-def best_scale(task, weight:np.ndarray, x:Stored) -> EngineScale:
+def best_scale(task, weight:np.ndarray, x:Stored, engine:str='onnxruntime') -> EngineScale:
     "An `EngineScale` with which pairs of products fit into 16 bits, if it is exact, else one with weights of 8 bits"
     for most in sorted({pair_limit(x.top),127}):
         room = room_of(weight, most)
         if room.min()<1: continue
         found = engine_scale(task, room)
-        if found.is_exact(): return found
+        if found.is_exact(engine): return found
     return found
 
-def _why_not(found):
-    wrong = found.wrong['onnxruntime']
+def _why_not(found, engine):
+    wrong = found.wrong[engine]
     return f'{(wrong>0).sum()} of {len(wrong)} channels have no exact scale ({wrong.sum():,} inputs would be wrong)'
 
-# %% ../../nbs/integer/12_export.ipynb #4d4b575e
+# %% ../../nbs/integer/12_export.ipynb #311f4632
 def _unable(node, why):
     return FixedPointError(f"This network cannot be exported: `{op_name(node)}` ({node.name}) has no form here: {why}.")
 
@@ -319,7 +322,7 @@ def clip(self:Exporter, x, span):
     if isinstance(x, Pending): return quantized(self.graph, x.name, *span, x.shape)
     return clipped(self.graph, x, *span)
 
-# %% ../../nbs/integer/12_export.ipynb #0674d303
+# %% ../../nbs/integer/12_export.ipynb #f53e6518
 real_forms = {} # PyTorch's operator → what makes ONNX of it
 
 def in_float(*names):
@@ -417,7 +420,7 @@ def _real_bn(exporter, node, given):
     names = [given[key] for key in ('input','weight','bias','running_mean','running_var')]
     return exporter.graph('BatchNormalization', *names, epsilon=given['eps'])
 
-# %% ../../nbs/integer/12_export.ipynb #d9ee7473
+# %% ../../nbs/integer/12_export.ipynb #9dfa2e06
 @patch
 def real(self:Exporter, node):
     "An operator on real numbers; what only moves them is the same as for integers"
@@ -442,7 +445,7 @@ def constant_of(net, node) -> np.ndarray:
     value = getattr(net.gm, node.target).detach()
     return (value.float() if value.is_floating_point() else value).cpu().numpy()
 
-# %% ../../nbs/integer/12_export.ipynb #5140c49d
+# %% ../../nbs/integer/12_export.ipynb #c54c4ab2
 class Shapes(torch.fx.Interpreter):
     "The shapes and dtypes of all values for an example"
     def __init__(self, gm, args):
@@ -464,16 +467,18 @@ class Shapes(torch.fx.Interpreter):
             self.dtypes[n.name] = str(value.dtype).removeprefix('torch.')
         return value
 
-# %% ../../nbs/integer/12_export.ipynb #a0d04ddb
+# %% ../../nbs/integer/12_export.ipynb #2b0ed1b7
 def onnx_model(
     net:IntegerNet,
     args:tuple,          # An example of its inputs: all sizes are fixed but that of the batch
     exact:bool=True,     # Every integer as in `net`? Else the fastest form, which comes close
     integers:bool=False, # Are the integers of all values outputs, too, as int32?
+    engine:str='onnxruntime', # Which is to be exact and fast; or 'openvino'
     names:list=None      # Of the inputs; those in the graph if left out
 ) -> tuple:              # The `onnx.ModelProto`, its `ExportCard`
     "`net` in ONNX; a `FixedPointError` for what has no form there"
-    exporter = Exporter(net, Shapes(net.gm, args), exact)
+    expect(engine in engine_arithmetic, '`engine`', repr(engine), f"one of {', '.join(engine_arithmetic)}")
+    exporter = Exporter(net, Shapes(net.gm, args), exact, engine)
     outputs,card = exporter.named_outputs(),exporter.card
     if integers:
         found = exporter.integer_outputs()
@@ -508,7 +513,7 @@ def rename_inputs(model, names:dict):
     for node in model.graph.node:
         for i,name in enumerate(node.input): node.input[i] = names.get(name, name)
 
-# %% ../../nbs/integer/12_export.ipynb #36ee856b
+# %% ../../nbs/integer/12_export.ipynb #047502dd
 def _write_whole(data, path):
     "All of it or nothing"
     try:
@@ -525,17 +530,18 @@ def export(self:IntegerNet,
     path,                # The file, which ends in `.onnx`; an earlier one is replaced
     *args,               # An example of the inputs: all sizes are fixed but that of the batch
     exact:bool=True,     # Every integer as here? Else the fastest form, which comes close
-    integers:bool=False  # Are the integers of all values outputs, too?
+    integers:bool=False, # Are the integers of all values outputs, too?
+    engine:str='onnxruntime' # Which is to be exact and fast; or 'openvino'. Both run the file
 ) -> ExportCard:         # Which layers went which way; it is in the file, too
     "Write this network as an ONNX file, which ONNX Runtime and OpenVINO run"
     path = Path(path).expanduser().absolute()
     expect(path.suffix=='.onnx' and not path.is_dir(), '`path`', f"'{path}'", "a file that ends in '.onnx'")
     expect(len(args)>0, '`args`', 'none', 'an example of the inputs, for their sizes')
-    model,card = onnx_model(self, args, exact, integers)
+    model,card = onnx_model(self, args, exact, integers, engine)
     _write_whole(model.SerializeToString(), path)
     return card
 
-# %% ../../nbs/integer/12_export.ipynb #dbc18fd5
+# %% ../../nbs/integer/12_export.ipynb #dfec2afe
 @patch
 def follow_engine(self:IntegerNet) -> dict: # Layer → for how many inputs it now differs, and of how many
     "Let BN and quantizer be what ONNX Runtime computes in one operator, where that is not exact"
