@@ -508,7 +508,7 @@ def test_six_bits_in_both_engines(name, run, engine, integer_nets):
     net = integer_nets(name, 6)
     scale = net.scale[next(iter(net.scale))]
     x = (example(name)*30).round().clamp(-120, 120)*scale # far from ties
-    model,card = onnx_model(net, (x[:1],), engine=engine)
+    model,card = onnx_model(net, (x[:1],), engine=engine, names=['x'])
     want = net(x).numpy()
     assert card.is_exact(engine) and abs(run(model, x.numpy())-want).max()<=1e-5*abs(want).max()
 
