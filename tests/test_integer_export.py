@@ -9,7 +9,7 @@ from fastai_bnfold.integer.fixed_point import FixedPointBN, exact_bn
 from fastai_bnfold.integer.onnx_forms import (OnnxGraph, Products, Stored, added, clipped, concatenated, conv_integer_sums,
                                               engine_layer, float_line, float_sums, line_staircase, looked_up,
                                               matmul_sums, partial_bound, quantized,
-                                              shift_staircase)
+                                              shift_staircase, summing)
 from fastai_bnfold.integer.task import task_of
 
 def make(weight, bias, mean, var, eps=1e-5):
@@ -243,6 +243,28 @@ def test_groups(groups):
     stored = stored_like(x)
     assert np.array_equal(evaluate(graph, float_sums(graph, x, products), stored), true_sums(products, x, stored))
 
+def test_averages_are_sums():
+    products,graph = summing(6, (3,3), (2,2), (1,1)),OnnxGraph()
+    x = Stored('x', 0, 255, (2,6,9,9))
+    stored = stored_like(x)
+    want = torch.nn.functional.avg_pool2d(torch.from_numpy(stored).double(), 3, 2, 1)*9
+    assert np.array_equal(evaluate(graph, float_sums(graph, x, products), stored), want.numpy())
+
+@pytest.mark.parametrize('run,engine', [(run_onnxruntime,'onnxruntime'),(run_openvino,'openvino')])
+@pytest.mark.parametrize('kernel,bits', [((1,1),8),((2,2),8),((8,8),8),((8,8),4)])
+def test_averages_in_one_operator(kernel, bits, run, engine):
+    torch.manual_seed(0)
+    products,bn = summing(16, kernel, kernel, (0,0)),randomize_bn(nn.BatchNorm2d(16)).eval()
+    n = kernel[0]*kernel[1]
+    args = (4/255/n, products.range(0, 255), 5/2**bits, bits)
+    found,graph = engine_scale(task_of(bn, *args), room_of(products.weight)),OnnxGraph()
+    x = Stored('x', 0, 255, (4,16,8,8))
+    stored = stored_like(x)
+    y = engine_layer(graph, x, products, found, (4,16,*products.out_size((8,8))))
+    got = run(graph.model({'x': (stored.dtype,stored.shape)}, {y.name: (None,None)}), stored)
+    sums = evaluate((other := OnnxGraph()), float_sums(other, x, products), stored)
+    assert np.array_equal(got, found(sums.astype(int), engine))
+
 def test_bound_of_partial_sums():
     products = Products(np.array([[3,-2,1]]))
     assert partial_bound(products, Stored('x', -1, 10, (1,3)))==42
@@ -396,10 +418,13 @@ def build_nets():
         double=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), Double(), *conv_bn(8, 8), nn.ReLU(), *head(8)),
         bias=nn.Sequential(*conv_bn(3, 8, bias=True), nn.ReLU(), nn.Dropout(), *conv_bn(8, 8, bias=False), nn.ReLU(), *head(8)),
         large_pool=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), nn.AdaptiveAvgPool2d((3,20)), nn.Flatten(), nn.Linear(8*60, 5)),
-        flat=shapes, one_d=one_d)
+        flat=shapes, one_d=one_d,
+        three_d=nn.Sequential(*conv_bn(3, 8, cls=nn.Conv3d, norm=nn.BatchNorm3d), nn.ReLU(), nn.MaxPool3d(2),
+                              *conv_bn(8, 8, cls=nn.Conv3d, norm=nn.BatchNorm3d), nn.ReLU(), nn.Flatten(), nn.Linear(8*64, 5)))
 
 names = list(build_nets())
-def example(name, n=4): return torch.randn(n, 3, 16) if name=='one_d' else torch.randn(n, 3, 16, 16)
+sizes = dict(one_d=(16,), three_d=(8,8,8))
+def example(name, n=4): return torch.randn(n, 3, *sizes.get(name, (16,16)))
 
 @pytest.fixture(scope='module')
 def integer_nets():
