@@ -22,9 +22,8 @@ from fastai_bnfold.fold.folder import BNFolder
 from fastai_bnfold.fold.report import text_table
 from fastai_bnfold.fold.testing import randomize_bn
 from fastai_bnfold.integer.engine_scale import engine_arithmetic, engine_scale
-import fastai_bnfold.integer.export # `net.export`
 from fastai_bnfold.integer.onnx_forms import OnnxGraph, Products, Stored, dequantized
-from fastai_bnfold.integer.net import IntegerNet
+from fastai_bnfold.all import IntegerNet
 from fastai_bnfold.integer.task import task_of
 from fastai_bnfold.lab.command import machine
 
