@@ -23,6 +23,7 @@ from .engines import *
 from .batches import *
 from .export import *
 from .parity import *
+from .precision import *
 from .serve import *
 from .spec import *
 
@@ -159,20 +160,22 @@ def _n_to_check(dl, n_check):
     try: return min(len(dl.dataset), n_check or sys.maxsize)
     except TypeError: return n_check or sys.maxsize # a stream
 
-def _add_evidence(card, learn, model, exported, args, dl, n_check, tol, max_changed):
+def _add_evidence(card, learn, model, exported, args, dl, n_check, tol, max_changed, wanted):
     "What the outputs mean, how far the engine's are from the model's, its metrics; `DeployError` if too far"
     with evaluating(model): card['output'] = output_spec(learn, model(*fresh(args)))
     n,scores = _n_to_check(dl, n_check),Scores(learn)
-    found = card['parity'] = parity(learn, model, exported.run, card['output'], n, dl, scores)
+    before = None if wanted.name=='f32' else Scores(learn)
+    found = card['parity'] = parity(learn, model, exported.run, card['output'], n, dl, scores, before)
     card['metrics'] = scores.values()
     if scores.failed: card['metrics_failed'] = scores.failed
+    if before: return wanted.judge(card, before.values())
     if found['n_changed']<=max_changed and found['max_err']<=tol: return # (a NaN is not)
     raise _too_far(card['backend'], found, tol, max_changed)
 
 def _add_input(card, learn, dl, folder):
     "How an item becomes the model's input, if the steps do what fastai does; the `Deployed`"
     card['input'],note = input_spec(learn, dl)
-    card['notes'] = [note] if note else []
+    card.setdefault('notes', []).extend([note] if note else [])
     _write_card(card, folder)
     deployed = Deployed(folder)
     differ = inputs_differ(learn, deployed, dl)
@@ -199,31 +202,36 @@ def deploy(self:Learner,
     n_check:int=None,       # Items to check; all if left out
     tol:float=1e-4,         # Largest difference of the outputs, over their largest magnitude
     max_changed:int=0,      # Predictions that may change
-    dl=None                 # Data to check on, with or without labels (`learn.dls.test_dl(items)`); the validation set if left out
+    dl=None,                # Data to check on, with or without labels (`learn.dls.test_dl(items)`); the validation set if left out
+    precision:str='f32',    # Or 'int8' ('onnx', 'openvino'), 'bf16' ('openvino', where the processor has it): then `tol`, `max_changed` do not count, but
+    max_drop:float=1.,      # By how many points the first metric may get worse
+    n_calib:int=256         # Items of training data to find the ranges of int8 with
 ) -> Deployed:              # `.predict(items)`
     """Fold a copy of the model, export it for an engine, check it on the validation set (or `dl`),
     and write it with all that is needed to serve it. The Learner is not changed"""
     path = Path(path).expanduser().absolute()
     check_target(path, backend)
+    wanted = TargetPrecision(precision, backend, max_drop, n_calib)
     with same_random(), _in_words(path, backend):
         dl = check_dl(self, dl)
         args,model = example_batch(self, dl),_copy(self.model)
         with all_or_nothing(path) as tmp:
-            deployed = _deploy(self, model, args, dl, tmp, path, backend, n_check, tol, max_changed)
+            deployed = _deploy(self, model, args, dl, tmp, path, backend, n_check, tol, max_changed, wanted)
             for note in deployed.card['notes']: warnings.warn(note)
     deployed.path = path
     return deployed
 
 # %% ../../nbs/deploy/07_deploy.ipynb #586bf9a8
-def _deploy(learn, model, args, dl, tmp, path, backend, n_check, tol, max_changed):
+def _deploy(learn, model, args, dl, tmp, path, backend, n_check, tol, max_changed, wanted):
     "Write everything into the folder `tmp`; the `Deployed`"
     _check_space(model, tmp, path.parent)
     tensors = tuple(tensors_of(args))
-    exported = export_checked(flat_model(model, args), tensors, backend, tmp, tol)
-    card = make_card(path.name, backend, tmp, exported, tensors)
+    exported = export_checked(flat_model(model, args), tensors, wanted.written_by, tmp, tol)
+    exported,facts = wanted.apply(exported, learn, tmp)
+    card = make_card(path.name, backend, tmp, exported, tensors) | facts
     card['fold'] = learner_fold(learn, card['fold'])
     card['learner'] = learner_facts(learn)
-    _add_evidence(card, learn, model, exported, args, dl, n_check, tol, max_changed)
+    _add_evidence(card, learn, model, exported, args, dl, n_check, tol, max_changed, wanted)
     deployed = _add_input(card, learn, dl, tmp)
     deployed.report = fold_report(learn) or exported.report
     return deployed

@@ -119,7 +119,8 @@ def parity(
     output:dict,          # From `output_spec`
     n:int,                # Items to compare
     dl=None,              # Data with or without labels; the validation set if left out
-    scores:Scores=None    # Is given the engine's predictions
+    scores:Scores=None,   # Is given the engine's predictions
+    before:Scores=None    # Is given the model's
 ) -> dict:                # `n_items`, `n_changed`, `max_err`
     "Compare an engine with the Learner's model, on every output"
     res = dict(n_items=0, n_changed=0, max_err=0.)
@@ -134,6 +135,7 @@ def parity(
         res['n_changed'] += _n_changed(want[0], got[0], output)
         res['n_items'] += size
         if scores: scores.add(_prediction(learn, out, got), targets_of(learn, batch))
+        if before: before.add(_prediction(learn, out, want), targets_of(learn, batch))
     return res
 
 # %% ../../nbs/deploy/05_parity.ipynb #e184d147
