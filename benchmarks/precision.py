@@ -9,11 +9,10 @@ convolutions are made as large as each other. A ReLU6 then has a bound for every
 """
 import copy, json, tempfile, warnings
 from pathlib import Path
-import numpy as np, onnx, torch
+import onnx, torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from fastcore.script import call_parse
-from fastprogress.fastprogress import progress_bar
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from fastai_bnfold.all import *
 from fastai_bnfold.deploy.engines import backends, load_engine, openvino_capabilities
@@ -33,9 +32,9 @@ def write(model, args, folder, fold=True):
     backends['onnx'](program, folder)
     return graph_names(program)[0]
 
-def quantized(file, name, batches, **options):
+def quantized(file, name, batches, to='int8.onnx', **options):
     "A file beside it, with integers"
-    to = file.with_name('int8.onnx')
+    to = file.with_name(to)
     quantize_onnx(file, to, Calibration([[x.numpy()] for x in batches], [name]), **options)
     return to
 
@@ -136,31 +135,28 @@ def equalized(model, bounds, rounds=20):
         for (_,seq),s in zip(chain, scales): set_clip(seq, (lambda: ClipEach(6/s)) if bounds else nn.ReLU)
     return model
 
-def predictions(run, x): return torch.cat([torch.from_numpy(run(part.numpy())).argmax(1) for part in progress_bar(x.split(64))])
+def predictions(run, x): return torch.cat([torch.from_numpy(run(part.numpy())).argmax(1) for part in x.split(64)])
 
-def equalization(cache):
+def equalization(cache, every):
     from shift import arrays, normalized, trained
     images = arrays(None, cache)
     model = trained('mobilenet/0', images, cache).to(memory_format=torch.contiguous_format)
-    x,y = normalized(images['val'][0]).contiguous(),images['val'][1]
+    x,y = normalized(images['val'][0][::every]).contiguous(),images['val'][1][::every]
     idxs = torch.randperm(len(images['train'][0]), generator=torch.Generator().manual_seed(0))[:256]
     batches = [part.contiguous() for part in normalized(images['train'][0][idxs][:,:,4:68,4:68]).split(32)]
-    def in_torch(net):
-        with torch.no_grad(): return predictions(lambda part: net(torch.from_numpy(part)).numpy(), x)
-    plain,want,rows = folded_modules(model),in_torch(model),[]
-    def note(**row):
-        p = row.pop('p')
-        rows.append(row | dict(accuracy=(p==y).float().mean().item(), n_changed=int((p!=want).sum())))
-        print(rows[-1], flush=True)
-    note(network='float32', p=want)
+    plain,rows = folded_modules(model),[]
     nets = {'as it is': plain, 'equalized, bounds per channel': equalized(plain, True), 'equalized, ReLU': equalized(plain, False)}
     for kind,net in nets.items():
-        note(network=f'{kind}, float32', p=in_torch(net))
-        for each in (True,False):
-            with tempfile.TemporaryDirectory() as d:
-                name = write(net, (batches[0][:2],), Path(d)/'f32', fold=False)
-                run = load_engine('onnx', quantized(Path(d)/'f32'/'model.onnx', name, batches, per_channel=each), 1, 'int8')
-                note(network=f'{kind}, int8', scales='per channel' if each else 'per weight', p=predictions(lambda part: run({name: part})[0], x))
+        with tempfile.TemporaryDirectory() as d:
+            name = write(net, (batches[0][:2],), Path(d)/'f32', fold=False)
+            file = Path(d)/'f32'/'model.onnx'
+            files = {'float32': file} | {f'int8, scales per {each}': quantized(file, name, batches, f'{each}.onnx', per_channel=each=='channel') for each in ('channel','weight')}
+            for how,which in files.items():
+                run = load_engine('onnx', which, 1, 'f32' if which==file else 'int8')
+                p = predictions(lambda part: run({name: part})[0], x)
+                if not rows: want = p
+                rows.append(dict(network=kind, precision=how, accuracy=(p==y).float().mean().item(), n_changed=int((p!=want).sum())))
+                print(rows[-1], flush=True)
     return dict(n_items=len(y), rows=rows)
 
 @call_parse
@@ -169,6 +165,7 @@ def main(
     networks:str='resnet50,mobilenet_v2',       # For latency
     seconds:float=120,                          # For each network's latencies
     cache:str='out/shift',                      # Folder of `benchmarks/shift.py`
+    every:int=1,                                # Of the validation images, for equalization
     out:str='benchmarks/results/precision.json' # Where the figures go; other parts that are there stay
 ):
     "Latency and accuracy in fewer bits"
@@ -183,6 +180,6 @@ def main(
             res.setdefault('latency', {})[network] = dict(machine=machine(), **found)
             out.write_text(json.dumps(res, indent=1))
     if 'equalization' in part:
-        res['equalization'] = dict(machine=machine(), **equalization(cache))
+        res['equalization'] = dict(machine=machine(), **equalization(cache, every))
         out.write_text(json.dumps(res, indent=1))
     print(f'All figures: {out}')

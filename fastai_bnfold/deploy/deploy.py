@@ -203,8 +203,8 @@ def deploy(self:Learner,
     tol:float=1e-4,         # Largest difference of the outputs, over their largest magnitude
     max_changed:int=0,      # Predictions that may change
     dl=None,                # Data to check on, with or without labels (`learn.dls.test_dl(items)`); the validation set if left out
-    precision:str='f32',    # Or 'int8' ('onnx', 'openvino'), 'bf16' ('openvino', where the processor has it): then `tol`, `max_changed` do not count, but
-    max_drop:float=1.,      # By how many points the first metric may get worse
+    precision:str='f32',    # Or 'int8', 'bf16': for them `max_drop` counts, instead of `tol` and `max_changed`
+    max_drop:float=1.,      # Points (hundredths) by which the first metric may get worse
     n_calib:int=256         # Items of training data to find the ranges of int8 with
 ) -> Deployed:              # `.predict(items)`
     """Fold a copy of the model, export it for an engine, check it on the validation set (or `dl`),

@@ -6,11 +6,12 @@
 __all__ = ['precisions', 'import_quantization', 'TargetPrecision', 'calibration_batches', 'Calibration', 'quantize_onnx',
            'integer_ops', 'is_lower_better', 'points_worse']
 
-# %% ../../nbs/deploy/09_precision.ipynb #74de7ee5
+# %% ../../nbs/deploy/09_precision.ipynb #addbcfa9
 import logging, math, re
 from collections import Counter
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from ..learner.training import n_training, training_items
 from .engines import *
 from .export import Exported
 
-# %% ../../nbs/deploy/09_precision.ipynb #51bdc690
+# %% ../../nbs/deploy/09_precision.ipynb #58bb93ad
 precisions = {'f32': 'float32', 'bf16': 'bfloat16', 'int8': '8-bit integers'}
 
 def _require(ok, what):
@@ -46,7 +47,7 @@ def _check_processor():
              f"This processor has no bfloat16 (OpenVINO finds {', '.join(found)}): "
              "precision 'bf16' would be float32. Use 'int8' or 'f32'.")
 
-# %% ../../nbs/deploy/09_precision.ipynb #68f7610c
+# %% ../../nbs/deploy/09_precision.ipynb #4d229dba
 def import_quantization():
     "ONNX Runtime's own quantization, which needs the package `onnx`"
     try: from onnxruntime import quantization
@@ -55,7 +56,7 @@ def import_quantization():
                           f"({e}): pip install 'fastai_bnfold[onnx]'") from e
     return quantization
 
-# %% ../../nbs/deploy/09_precision.ipynb #25272382
+# %% ../../nbs/deploy/09_precision.ipynb #c50a087f
 def _is_number(value): return isinstance(value, (int,float)) and not isinstance(value, bool)
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class TargetPrecision:
         "The backend that writes the float32 file; of one with integers that is always 'onnx'"
         return 'onnx' if self.name=='int8' else self.backend
 
-# %% ../../nbs/deploy/09_precision.ipynb #29bb74f8
+# %% ../../nbs/deploy/09_precision.ipynb #2ff0e433
 def calibration_batches(
     learn:Learner,
     n:int,          # Items
@@ -117,7 +118,7 @@ class Calibration:
         _require(self.alive, f"All {self.n_items} calibration items (of the training set) are zero throughout: "
                              "no range can be found with them.")
 
-# %% ../../nbs/deploy/09_precision.ipynb #9fac85e6
+# %% ../../nbs/deploy/09_precision.ipynb #890a75d4
 @contextmanager
 def _quiet():
     "The quantizer recommends a preprocessing on the log: constants and BNs folded, as they are already"
@@ -139,12 +140,12 @@ def quantize_onnx(
         q.quantize_static(str(file), str(to), reader, quant_format=q.QuantFormat.QDQ,
                           per_channel=per_channel, **types)
 
-# %% ../../nbs/deploy/09_precision.ipynb #fdd7afe7
+# %% ../../nbs/deploy/09_precision.ipynb #81f0725e
 def integer_ops(file) -> tuple:
     "Two counters of the operations in an ONNX file: those on integers, and those that stayed in floating point"
     import onnx
     nodes = onnx.load(str(file)).graph.node
-    made = {out for node in nodes if node.op_type=='DequantizeLinear' for out in node.output}
+    made = set().union(*[node.output for node in nodes if node.op_type=='DequantizeLinear'])
     rest = [node for node in nodes if node.op_type not in ('QuantizeLinear','DequantizeLinear')]
     on_integers,on_floats = Counter(),Counter()
     for node in rest:
@@ -152,7 +153,7 @@ def integer_ops(file) -> tuple:
         counted[node.op_type] += 1
     return on_integers,on_floats
 
-# %% ../../nbs/deploy/09_precision.ipynb #3a62ac16
+# %% ../../nbs/deploy/09_precision.ipynb #0725b27a
 def _to_openvino(file, folder):
     "A quantized ONNX file in OpenVINO's format, in its place"
     ov = import_openvino()
@@ -173,7 +174,7 @@ def _integers(exported, learn, folder, wanted):
              f"has a form with 8-bit integers (it has {', '.join(on_floats) or 'none'}).")
     file.replace(before)
     name = _to_openvino(before, folder) if wanted.backend=='openvino' else exported.file
-    return name,dict(n_calib=reader.n_items, on_integers=dict(on_integers), on_floats=dict(on_floats))
+    return name,dict(quantizer=f"onnxruntime {version('onnxruntime')}", n_calib=reader.n_items, on_integers=dict(on_integers), on_floats=dict(on_floats))
 
 @patch
 def apply(self:TargetPrecision,
@@ -189,7 +190,7 @@ def apply(self:TargetPrecision,
     def call(*arrays): return run(dict(zip(exported.names, arrays)))
     return exported._replace(file=file, run=call),facts
 
-# %% ../../nbs/deploy/09_precision.ipynb #ff33fa7d
+# %% ../../nbs/deploy/09_precision.ipynb #664d4329
 _lower_words = set('err mse rmse mae msle rmsle mape smape rmspe brier hamming perplexity ppl'.split())
 
 def is_lower_better(name:str) -> bool:
@@ -214,7 +215,7 @@ def points_worse(
     if size==0 and not worse: return 0.
     return 100*worse/size if size else math.copysign(math.inf, worse)
 
-# %% ../../nbs/deploy/09_precision.ipynb #d5f53ae9
+# %% ../../nbs/deploy/09_precision.ipynb #6d9907c3
 def _unjudged(card, precision):
     "A note for when there is no metric to judge by"
     found = card['parity']
