@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_target', 'all_or_nothing', 'make_card', 'learner_facts', 'learner_fold']
 
-# %% ../../nbs/deploy/08_deploy.ipynb #3c9ef448
+# %% ../../nbs/deploy/08_deploy.ipynb #b83f21d2
 import json, os, shutil, sys, tempfile, warnings
 from contextlib import contextmanager
 from copy import deepcopy
@@ -24,10 +24,11 @@ from .engines import *
 from .batches import *
 from .export import *
 from .parity import *
+from .precision import *
 from .serve import *
 from .spec import *
 
-# %% ../../nbs/deploy/08_deploy.ipynb #e1c3cadc
+# %% ../../nbs/deploy/08_deploy.ipynb #cbe62337
 def check_target(path:Path, backend:str):
     "Raise `DeployError` if the backend is unknown, or there is something else than a deployment at `path`"
     if backend not in backends:
@@ -38,7 +39,7 @@ def check_target(path:Path, backend:str):
         raise DeployError(f"'{path}' exists and is no deployment. Give the path of a new folder, "
                           "or of an earlier deployment, which will be replaced.")
 
-# %% ../../nbs/deploy/08_deploy.ipynb #562de45d
+# %% ../../nbs/deploy/08_deploy.ipynb #ffc4ebf9
 def _put(tmp, path):
     "Rename the finished folder to its name, which an earlier one may have"
     os.chmod(tmp, 0o755)
@@ -62,7 +63,7 @@ def all_or_nothing(path:Path):
         _put(tmp, path)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../../nbs/deploy/08_deploy.ipynb #d53db582
+# %% ../../nbs/deploy/08_deploy.ipynb #6958e5ee
 def _check_space(model, tmp, parent):
     "Three times the parameters: exporters write files of their own"
     need = 3*sum(p.numel()*p.element_size() for p in model.parameters())
@@ -71,7 +72,7 @@ def _check_space(model, tmp, parent):
     raise DeployError(f"The disk of '{parent}' is full: "
                       f"about {need/1e6:.0f} MB are needed, {free/1e6:.0f} MB are free.")
 
-# %% ../../nbs/deploy/08_deploy.ipynb #96e7ac6e
+# %% ../../nbs/deploy/08_deploy.ipynb #315af9b5
 @contextmanager
 def _in_words(path, backend):
     "What goes wrong underneath, as a `DeployError`"
@@ -83,7 +84,7 @@ def _in_words(path, backend):
         why = f'{type(e).__name__}: {first_line(e)}'
         raise DeployError(f"Backend '{backend}' cannot deploy this model ({why}). Nothing was written.") from e
 
-# %% ../../nbs/deploy/08_deploy.ipynb #4bb0116f
+# %% ../../nbs/deploy/08_deploy.ipynb #f0af50c4
 def _versions(backend):
     "Package → version, of those that had a hand in it"
     res,used = {},backends[backend]
@@ -106,7 +107,7 @@ def _input_facts(exported, args):
 def _write_card(card, folder):
     (folder/'card.json').write_text(json.dumps(card, indent=1), encoding='utf-8')
 
-# %% ../../nbs/deploy/08_deploy.ipynb #b6a746f3
+# %% ../../nbs/deploy/08_deploy.ipynb #11ef50d8
 def make_card(
     name:str,          # Of the deployment
     backend:str,       # Of its file
@@ -121,7 +122,7 @@ def make_card(
                 files={file.name: sha256(file) for file in files}, inputs=_input_facts(exported, args),
                 fold=_fold_facts(exported.report))
 
-# %% ../../nbs/deploy/08_deploy.ipynb #d08daef3
+# %% ../../nbs/deploy/08_deploy.ipynb #930e9cc9
 def _called(o): return getattr(o, '__name__', None) or type(o).__name__
 
 def _n_items_of(dls, i):
@@ -149,7 +150,7 @@ def learner_fold(learn:Learner, here:dict) -> dict:
     if is_folded(learn): here['notes'].append('The Learner was folded before it was loaded: its report is not here.')
     return here
 
-# %% ../../nbs/deploy/08_deploy.ipynb #459d659f
+# %% ../../nbs/deploy/08_deploy.ipynb #0056cf7b
 def _too_far(backend, found, tol, max_changed):
     return DeployError(f"The engine of backend '{backend}' changes the model: "
         f"{found['n_changed']} of {found['n_items']:,} predictions, "
@@ -160,15 +161,17 @@ def _n_to_check(dl, n_check):
     try: return min(len(dl.dataset), n_check or sys.maxsize)
     except TypeError: return n_check or sys.maxsize # a stream
 
-def _add_evidence(card, learn, model, exported, args, dl, n_check, tol, max_changed):
+def _add_evidence(card, learn, model, exported, args, dl, n_check, tol, max_changed, wanted):
     "What the outputs mean, how far the engine's are from the model's, its metrics; `DeployError` if too far"
     with evaluating(model): card['output'] = output_spec(learn, model(*fresh(args)))
     n,scores = _n_to_check(dl, n_check),Scores(learn)
+    before = None if wanted.name=='f32' else Scores(learn)
     bar = FoldBar(learn, 'Deployed')
-    try: found = card['parity'] = parity(learn, model, exported.run, n, dl, scores, bar)
+    try: found = card['parity'] = parity(learn, model, exported.run, n, dl, scores, before, bar)
     finally: bar.close()
     card['metrics'] = scores.values()
     if scores.failed: card['metrics_failed'] = scores.failed
+    if before: return wanted.judge(card, before.values())
     if found['n_changed']<=max_changed and found['max_err']<=tol: return # (a NaN is not)
     raise _too_far(card['backend'], found, tol, max_changed)
 
@@ -186,7 +189,7 @@ def _of_card(deployed, card, folder):
 def _add_input(card, learn, model, args, dl, folder):
     "How an item becomes the model's input, if the steps do what fastai does; the `Deployed`"
     card['input'],note = input_spec(learn, dl)
-    card['notes'] = [note] if note else []
+    card.setdefault('notes', []).extend([note] if note else [])
     _write_card(card, folder)
     deployed = Deployed(folder)
     _add_label_note(card, learn, deployed, model, args)
@@ -197,7 +200,7 @@ def _add_input(card, learn, model, args, dl, folder):
                          f"the steps of the validation set could not be reproduced ({differ}).")
     return _of_card(deployed, card, folder)
 
-# %% ../../nbs/deploy/08_deploy.ipynb #5995729e
+# %% ../../nbs/deploy/08_deploy.ipynb #69f8c2cc
 def _copy(model):
     "On the CPU, in float32. fastai's LSTMs hold results of computations, which PyTorch does not copy"
     held = [o for module in model.modules() for o in leaves(vars(module))]
@@ -212,31 +215,36 @@ def deploy(self:Learner,
     n_check:int=None,       # Items to check; all if left out
     tol:float=1e-4,         # Largest difference of the outputs, over their largest magnitude
     max_changed:int=0,      # Predictions that may change
-    dl=None                 # Data to check on, with or without labels (`learn.dls.test_dl(items)`); the validation set if left out
+    dl=None,                # Data to check on, with or without labels (`learn.dls.test_dl(items)`); the validation set if left out
+    precision:str='f32',    # Or 'int8', 'bf16': for them `max_drop` counts, instead of `tol` and `max_changed`
+    max_drop:float=1.,      # Points (hundredths) by which the first metric may get worse
+    n_calib:int=256         # Items of training data to find the ranges of int8 with
 ) -> Deployed:              # `.predict(items)`
     """Fold a copy of the model, export it for an engine, check it on the validation set (or `dl`),
     and write it with all that is needed to serve it. The Learner is not changed"""
     path = Path(path).expanduser().absolute()
     check_target(path, backend)
+    wanted = TargetPrecision(precision, backend, max_drop, n_calib)
     with same_random(), _in_words(path, backend):
         dl = check_dl(self, dl)
         args,model = example_batch(self, dl),_copy(self.model)
         with all_or_nothing(path) as tmp:
-            deployed = _deploy(self, model, args, dl, tmp, path, backend, n_check, tol, max_changed)
+            deployed = _deploy(self, model, args, dl, tmp, path, backend, n_check, tol, max_changed, wanted)
             for note in deployed.card['notes']: warnings.warn(note)
     deployed.path = path
     return deployed
 
-# %% ../../nbs/deploy/08_deploy.ipynb #586bf9a8
-def _deploy(learn, model, args, dl, tmp, path, backend, n_check, tol, max_changed):
+# %% ../../nbs/deploy/08_deploy.ipynb #b3c0b61f
+def _deploy(learn, model, args, dl, tmp, path, backend, n_check, tol, max_changed, wanted):
     "Write everything into the folder `tmp`; the `Deployed`"
     _check_space(model, tmp, path.parent)
     tensors = tuple(tensors_of(args))
-    exported = export_checked(flat_model(model, args), tensors, backend, tmp, tol)
-    card = make_card(path.name, backend, tmp, exported, tensors)
+    exported = export_checked(flat_model(model, args), tensors, wanted.written_by, tmp, tol)
+    exported,facts = wanted.apply(exported, learn, tmp)
+    card = make_card(path.name, backend, tmp, exported, tensors) | facts
     card['fold'] = learner_fold(learn, card['fold'])
     card['learner'] = learner_facts(learn)
-    _add_evidence(card, learn, model, exported, args, dl, n_check, tol, max_changed)
+    _add_evidence(card, learn, model, exported, args, dl, n_check, tol, max_changed, wanted)
     deployed = _add_input(card, learn, model, args, dl, tmp)
     deployed.report = fold_report(learn) or exported.report
     return deployed

@@ -6,7 +6,7 @@
 __all__ = ['on_tensors', 'outputs', 'Scores', 'parity', 'raw_image', 'input_err', 'resampling_err', 'inputs_differ',
            'label_differs']
 
-# %% ../../nbs/deploy/06_parity.ipynb #53eb5cc4
+# %% ../../nbs/deploy/06_parity.ipynb #45c1b3a7
 import math, numpy as np, torch
 from copy import copy
 from pathlib import Path
@@ -31,7 +31,7 @@ from .batches import *
 from ..learner.batches import n_inputs
 from .spec import opened
 
-# %% ../../nbs/deploy/06_parity.ipynb #5a9cc378
+# %% ../../nbs/deploy/06_parity.ipynb #f4bcfd9e
 def on_tensors(
     run,         # An engine: a function from arrays to a list of arrays
     args:tuple   # Tensors on the CPU
@@ -44,7 +44,7 @@ def outputs(model:nn.Module, args:tuple) -> list:
     "A model's output tensors in eval mode"
     with evaluating(model): return tensors_of(model(*fresh(args)))
 
-# %% ../../nbs/deploy/06_parity.ipynb #9da7b357
+# %% ../../nbs/deploy/06_parity.ipynb #20343329
 class _StandIn:
     "What a metric sees of a Learner after a batch; what is not here is the Learner's"
     def __init__(self, learn, pred, yb):
@@ -82,7 +82,7 @@ class Scores:
         try: return None if metric.value is None else float(metric.value)
         except Exception as e: self.failed[name] = f'{type(e).__name__}: {e}'
 
-# %% ../../nbs/deploy/06_parity.ipynb #9f721235
+# %% ../../nbs/deploy/06_parity.ipynb #73fc0b41
 def _prediction(learn, out, tensors):
     "`tensors` in the place of those in the model's output, and of a text model's several outputs the first"
     left = iter(tensors)
@@ -107,6 +107,7 @@ def parity(
     n:int,                # Items to compare
     dl=None,              # Data with or without labels; the validation set if left out
     scores:Scores=None,   # Is given the engine's predictions
+    before:Scores=None,   # Is given the model's
     bar:FoldBar=None      # None if left out
 ) -> dict:                # `n_items`, `n_changed`, `max_err`
     "Compare an engine with the Learner's model, on every output"
@@ -118,13 +119,14 @@ def parity(
         size,targets = n_items(args),targets_of(learn, batch)
         if len(want)!=len(got): return dict(n_items=size, n_changed=size, max_err=math.inf)
         worst = max(worst, max_err(want, got))
-        before,after = _prediction(learn, out, want),_prediction(learn, out, got)
-        tally.add(compare(before, after, size, classes(before, targets), classes(after, targets)))
-        if scores: scores.add(after, targets)
+        model_says,engine_says = _prediction(learn, out, want),_prediction(learn, out, got)
+        tally.add(compare(model_says, engine_says, size, classes(model_says, targets), classes(engine_says, targets)))
+        if scores: scores.add(engine_says, targets)
+        if before: before.add(model_says, targets)
         bar.step()
     return dict(n_items=tally.n, n_changed=tally.n_changed, max_err=worst)
 
-# %% ../../nbs/deploy/06_parity.ipynb #e184d147
+# %% ../../nbs/deploy/06_parity.ipynb #2b26055b
 def _raw_row(table, i):
     "Row `i` of a `Tabular` as it was before the procs"
     row = table.decode_row(table.items.iloc[i]).to_dict()
@@ -140,7 +142,7 @@ def raw_image(dataset, i:int):
     raw,image,_ = opened(dataset, i)
     return raw if isinstance(image, PILBase) and isinstance(raw, _openable) else image
 
-# %% ../../nbs/deploy/06_parity.ipynb #8eb324a8
+# %% ../../nbs/deploy/06_parity.ipynb #1e61d0b0
 def _moves_nothing(tfm, x):
     "Does it resample `x` in its place? (What is more than twice as high as wide is averaged before that)"
     height,width = x.shape[-2:]
@@ -179,7 +181,7 @@ def input_err(
     samples = [items[i] for i in range(n)]
     return max(_image_errs(transforms_of(learn, dl), samples, made, exact))
 
-# %% ../../nbs/deploy/06_parity.ipynb #c8cdac2c
+# %% ../../nbs/deploy/06_parity.ipynb #1c0eabfd
 def resampling_err(
     dl,               # A `TfmdDL`
     sample,           # An item of its dataset
@@ -210,7 +212,7 @@ def inputs_differ(
     fits = all(err<=limit for err,limit in zip(errs, allowed)) # (a NaN does not)
     return '' if fits else f'difference {max(errs):.1e}'
 
-# %% ../../nbs/deploy/06_parity.ipynb #5d1c02b8
+# %% ../../nbs/deploy/06_parity.ipynb #edc20e63
 def _label(learn, args, out):
     "What `learn.predict` makes of the outputs for the first item"
     loss = learn.loss_func

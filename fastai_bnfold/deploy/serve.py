@@ -134,12 +134,14 @@ class Deployed:
     ):
         self.path,self.card,self.threads,self.warned = Path(path),read_card(path),threads,set()
         file = next(iter(self.card['files']))
-        self.run = load_engine(self.card['backend'], self.path/file, threads)
+        self.run = load_engine(self.card['backend'], self.path/file, threads, self.precision)
 
     def __reduce__(self): return Deployed, (self.path, self.threads) # a copy loads the engine anew
 
     @property
     def vocab(self): return self.card['output']['vocab']
+    @property
+    def precision(self): return self.card.get('precision', 'f32')
 
     def __call__(self, *inputs) -> list:
         "The model's outputs (arrays) for a batch of its inputs (arrays)"
@@ -219,6 +221,7 @@ class Deployed:
     def __repr__(self):
         fold,parity = self.card['fold'],self.card['parity']
         size = sum(file.stat().st_size for file in self.path.iterdir())
-        return (f"{self.card['name']}: {self.card['backend']}, {size/1e6:.1f} MB; "
+        kind = '' if self.precision=='f32' else f', {self.precision}'
+        return (f"{self.card['name']}: {self.card['backend']}{kind}, {size/1e6:.1f} MB; "
                 f"{fold['n_folded']} of {fold['n_bn']} batch norms folded; "
                 f"{parity['n_changed']} of {parity['n_items']:,} predictions changed, max_err {parity['max_err']:.1e}")
