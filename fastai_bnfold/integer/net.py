@@ -74,6 +74,7 @@ class IntegerNet(nn.Module):
         self.scale = _by_name(find_scales(self.gm, layout, batches, bits))
         self.weights,self.bns = {},nn.ModuleDict()
         for node in layout.bns: self._add_layer(program, node)
+        self.to(one_param(model).device)
 
 # %% ../../nbs/integer/06_net.ipynb #ee307a7e
 @patch
