@@ -10,7 +10,6 @@ import inspect, traceback, warnings
 from fastai.basics import *
 from fastai.callback.core import Callback
 from fastcore.imports import in_notebook
-from IPython.display import display
 from ..errors import *
 from .fold import *
 
@@ -62,7 +61,8 @@ class FoldBN(Callback):
         fold = fold_of(self.learn)
         if fold: fold.by_itself = True
         if not self.show: return
-        show = display if in_notebook() else print
+        show = print
+        if in_notebook(): from IPython.display import display as show
         show(self.report)
 
     def _warn(self, error):
