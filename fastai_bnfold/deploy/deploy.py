@@ -19,6 +19,7 @@ from ..errors import *
 from ..fold.inputs import *
 from ..fold.ops import *
 from ..learner.progress import FoldBar
+from ..learner.training import n_items_of
 from ..learner.fold import fold_report, is_folded
 from .engines import *
 from .batches import *
@@ -125,23 +126,19 @@ def make_card(
 # %% ../../nbs/deploy/08_deploy.ipynb #930e9cc9
 def _called(o): return getattr(o, '__name__', None) or type(o).__name__
 
-def _n_items_of(dls, i):
-    "Length of a `DataLoaders`' dataset; None if it has none"
-    try: return len(dls.loaders[i].dataset) or None
-    except (IndexError, TypeError, AttributeError): return None
-
 def learner_facts(learn:Learner) -> dict:
     "What was trained, for a card: the model, its parameters, the loss, the classes, the data"
     arch,report = getattr(learn, 'arch', None),fold_report(learn)
     n_params = sum(p.numel() for p in learn.model.parameters())
+    train,valid = [*getattr(learn.dls, 'loaders', []), None, None][:2]
     return dict(
         model=type(learn.model).__name__,
         arch=_called(arch) if arch else None,
         n_params=report.params_before if report else n_params, # as it was trained
         loss=_called(learn.loss_func),
         classes=classes_of(learn),
-        n_train=_n_items_of(learn.dls, 0),
-        n_valid=_n_items_of(learn.dls, 1))
+        n_train=n_items_of(train) or None,
+        n_valid=n_items_of(valid) or None)
 
 def learner_fold(learn:Learner, here:dict) -> dict:
     "What a card says of the fold: the Learner's own report if it was folded before, else what was folded `here`"
@@ -158,12 +155,11 @@ def _too_far(backend, found, tol, max_changed):
         "Nothing was written. If that is good enough, allow it with `tol` and `max_changed`.")
 
 def _n_to_check(dl, n_check):
-    try: return min(len(dl.dataset), n_check or sys.maxsize)
-    except TypeError: return n_check or sys.maxsize # a stream
+    there,most = n_items_of(dl),n_check or sys.maxsize
+    return most if there is None else min(there, most) # (None: a stream)
 
-def _add_evidence(card, learn, model, exported, args, dl, n_check, tol, max_changed, wanted):
-    "What the outputs mean, how far the engine's are from the model's, its metrics; `DeployError` if too far"
-    with evaluating(model): card['output'] = output_spec(learn, model(*fresh(args)))
+def _add_evidence(card, learn, model, exported, dl, n_check, tol, max_changed, wanted):
+    "How far the engine's outputs are from the model's, its metrics; `DeployError` if too far"
     n,scores = _n_to_check(dl, n_check),Scores(learn)
     before = None if wanted.name=='f32' else Scores(learn)
     bar = FoldBar(learn, 'Deployed')
@@ -175,8 +171,7 @@ def _add_evidence(card, learn, model, exported, args, dl, n_check, tol, max_chan
     if found['n_changed']<=max_changed and found['max_err']<=tol: return # (a NaN is not)
     raise _too_far(card['backend'], found, tol, max_changed)
 
-def _add_label_note(card, learn, deployed, model, args):
-    with evaluating(model): out = model(*fresh(args))
+def _add_label_note(card, learn, deployed, args, out):
     if label_differs(learn, deployed, args, out): card['notes'].append(
         "`label` holds the model's own numbers: `learn.predict` makes others of them, with a transform of the target.")
 
@@ -186,13 +181,13 @@ def _of_card(deployed, card, folder):
     deployed.card = card
     return deployed
 
-def _add_input(card, learn, model, args, dl, folder):
+def _add_input(card, learn, args, out, dl, folder):
     "How an item becomes the model's input, if the steps do what fastai does; the `Deployed`"
     card['input'],note = input_spec(learn, dl)
     card.setdefault('notes', []).extend([note] if note else [])
     _write_card(card, folder)
     deployed = Deployed(folder)
-    _add_label_note(card, learn, deployed, model, args)
+    _add_label_note(card, learn, deployed, args, out)
     differ = inputs_differ(learn, deployed, dl)
     if not differ: return _of_card(deployed, card, folder)
     card['input'] = dict(kind='array')
@@ -244,7 +239,9 @@ def _deploy(learn, model, args, dl, tmp, path, backend, n_check, tol, max_change
     card = make_card(path.name, backend, tmp, exported, tensors) | facts
     card['fold'] = learner_fold(learn, card['fold'])
     card['learner'] = learner_facts(learn)
-    _add_evidence(card, learn, model, exported, args, dl, n_check, tol, max_changed, wanted)
-    deployed = _add_input(card, learn, model, args, dl, tmp)
+    with evaluating(model): out = model(*fresh(args))
+    card['output'] = output_spec(learn, out)
+    _add_evidence(card, learn, model, exported, dl, n_check, tol, max_changed, wanted)
+    deployed = _add_input(card, learn, args, out, dl, tmp)
     deployed.report = fold_report(learn) or exported.report
     return deployed
