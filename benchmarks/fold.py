@@ -1,4 +1,4 @@
-"""Time to fold, and latency after folding, beside FasterAI's `BN_Folder`, `torch.fx` `fuse`, and the limit (BNs deleted).
+"""Time to fold (a module, and its export), and latency after folding, beside FasterAI's `BN_Folder`, `torch.fx` `fuse`, and the limit (BNs deleted).
 
     python benchmarks/fold.py [--arch resnet50,vgg16_bn] [--seconds 30] [--out benchmarks/results/fold.json]
 
@@ -32,8 +32,10 @@ def bench(arch, seconds):
         g = f(m)
         with torch.no_grad(): rows[k] = dict(max_err=max_err(ref, [g(x)]), bn_left=sum(isinstance(o, nn.BatchNorm2d) for o in g.modules()))
         folded[k] = g
-    fold = latency({'one forward pass': lambda: m(x), **{k: (lambda f=f: f(m)) for k,f in tools.items()}}, seconds)
-    for k in tools: rows[k] |= dict(fold_seconds=median(fold[k]), fold_in_forwards=ratio(fold, k, 'one forward pass'))
+    with torch.no_grad(): ep = torch.export.export(m, (x,))
+    fold = latency({'one forward pass': lambda: m(x), **{k: (lambda f=f: f(m)) for k,f in tools.items()}, 'fold_graph': lambda: BNFolder().fold_graph(ep)}, seconds)
+    for k in [*tools, 'fold_graph']: rows.setdefault(k, {}).update(fold_seconds=median(fold[k]), fold_in_forwards=ratio(fold, k, 'one forward pass'))
+    rows['fold_graph']['over_fold'] = ratio(fold, 'fold_graph', 'fastai_bnfold') # of an export, with proof, beside the module with proof
     run = {'unfolded': m, 'limit': bn_deleted(m), **{k:g for k,g in folded.items() if 'verify' not in k}}
     lat = latency({k: (lambda g=g: g(x)) for k,g in run.items()}, seconds, max_rounds=2000)
     for k in run: rows.setdefault(k, {}).update(latency_ms=1e3*median(lat[k]), over_limit=ratio(lat, k, 'limit'), speedup=ratio(lat, 'unfolded', k))
@@ -56,5 +58,6 @@ def main(
         print(text_table(['', 'time to fold, s', 'in forward passes', 'max_err', 'BNs left', 'latency, ms', 'over the limit', 'speed-up'],
               [[k, f(v.get('fold_seconds'),'.2f'), f(v.get('fold_in_forwards'),'.1f'), f(v.get('max_err'),'.1e'), f(v.get('bn_left'),'d'),
                 f(v.get('latency_ms'),'.2f'), f(v.get('over_limit'),'.3f'), f(v.get('speedup'),'.3f')] for k,v in r['rows'].items()]))
+        print(f"fold_graph takes {r['rows']['fold_graph']['over_fold']:.2f} times as long as fold, both with proof")
         for k in r['missing']: print(f'{k}: not installed')
     print(f'\nAll figures: {out}')

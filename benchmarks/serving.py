@@ -5,10 +5,12 @@
 Threads: 8 threads share one `Deployed` of each backend and send 2,000 requests each, one item a request, in the order of their own;
 every answer is compared with what the same model said to the item alone. Server: `examples/server.py` with a resnet18 (not trained,
 ONNX Runtime) on two processors, 8 clients that upload JPEGs of 256 × 256 pixels, beside a plain loop over the same bytes that may use
-both processors. The clients run on the same two processors. Interleaved rounds; the ratio is the median of those of the rounds.
+both processors. The clients run on the same two processors. Interleaved rounds; the ratio is the median of those of the rounds. `load`
+is how many processes wanted a processor on average when a part began: with others beside, ratios mean something, requests a second little.
 """
 import http.client, itertools, json, os, socket, subprocess, sys, tempfile, time, warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 import numpy as np, torch
@@ -124,7 +126,7 @@ def measured(port, model, files, group, rounds):
     return dict(uploads_per_request=group, rounds=rounds, wrong=wrong, server_per_second=median(s for s,_ in pairs),
                 loop_per_second=median(l for _,l in pairs), ratio=median(ratios), ratio_range=[ratios[0],ratios[-1]])
 
-def server(folder, rounds):
+def server(folder, rounds, copies):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
     files = photos(folder)
     learn = image_learner(files)
@@ -133,7 +135,7 @@ def server(folder, rounds):
     try:
         model,rows = Deployed(folder/'resnet18', threads=2),[]
         for group in (1,8):
-            rows.append(measured(port, model, files*4, group, rounds))
+            rows.append(measured(port, model, files*copies, group, rounds))
             print(rows[-1], flush=True)
     finally:
         process.terminate()
@@ -144,12 +146,15 @@ def server(folder, rounds):
 def main(
     part:str='threads,server',                     # What to measure
     rounds:int=7,                                  # Of server and loop in turns
+    copies:int=4,                                  # Of the 32 photos, in a round
     out:Path=Path('benchmarks/results/serving.json') # Results; parts not measured stay as they are
 ):
     warnings.simplefilter('ignore')
     res = json.loads(out.read_text()) if out.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
-        if 'threads' in part: res['threads'] = threads(Path(folder))
-        if 'server' in part: res['server'] = server(Path(folder), rounds)
-    res['machine'] = machine()
-    out.write_text(json.dumps(res, indent=1))
+        load = res.setdefault('load', {})
+        for name,measure in dict(threads=threads, server=partial(server, rounds=rounds, copies=copies)).items():
+            if name not in part: continue
+            load[name] = os.getloadavg()[0]
+            res[name] = measure(Path(folder))
+            out.write_text(json.dumps(res | dict(machine=machine()), indent=1))

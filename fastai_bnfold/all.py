@@ -7,6 +7,7 @@ from .stats import restore # Learner.restore_bn
 from .stats.shift import BNShift # and Learner.bn_shift
 from .deploy import deploy # Learner.deploy
 from .deploy.serve import Deployed
+from .integer import export # IntegerNet.export, IntegerNet.follow_engine
 from .integer.fixed_point import FixedPointBN, fixed_point_bn
 from .integer.net import IntegerNet # and Learner.integer_net
 from .integer.steps import FixedPointError

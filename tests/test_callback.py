@@ -95,6 +95,38 @@ def test_early_stopping_folds(learner):
     learn = learner()
     learn.fit(9, 0., cbs=[EarlyStoppingCallback(patience=1), fold_cb()])
     assert folded(learn)
+def test_lr_find_leaves_a_fold_as_it_was(learner):
+    "The same model, the same report; and the next training folds again"
+    plain,learn = learner(),learner(cbs=fold_cb())
+    for o in (plain,learn):
+        torch.manual_seed(1)
+        o.fit(1)
+    before,report = {name: x.clone() for name,x in learn.model.state_dict().items()},learn.bn_folding.report
+    for o in (plain,learn):
+        torch.manual_seed(2)
+        o.lr_find(num_it=6, show_plot=False)
+    assert folded(learn) and learn.bn_folding.report is report
+    assert all(torch.equal(x, before[name]) for name,x in learn.model.state_dict().items())
+    for o in (plain,learn): o.fit(1)
+    learn.unfold_bn()
+    assert all(torch.equal(a, b) for a,b in zip(plain.model.state_dict().values(), learn.model.state_dict().values()))
+def test_lr_find_after_a_load_into_the_fold(learner):
+    "The folded model has numbers of its own then, and keeps them"
+    learn = learner(cbs=fold_cb())
+    learn.fit(1)
+    loaded = {name: x*2 for name,x in learn.model.state_dict().items()}
+    learn.model.load_state_dict(loaded)
+    learn.lr_find(num_it=6, show_plot=False)
+    assert all(torch.equal(x, loaded[name]) for name,x in learn.model.state_dict().items())
+@pytest.mark.parametrize('error', [KeyboardInterrupt, ValueError('no')], ids=['interrupt','error'])
+def test_an_interrupted_lr_find_is_not_folded(learner, error):
+    "fastai leaves the weights as they are then"
+    learn = learner(cbs=fold_cb())
+    learn.fit(1)
+    learn.add_cb(Fails(error))
+    with pytest.raises((KeyboardInterrupt,ValueError)): learn.lr_find(num_it=6, show_plot=False)
+    assert not folded(learn)
+    learn.validate()
 def test_stopped_before_it_began(learner):
     class Stop(Callback):
         def before_fit(self): raise CancelFitException

@@ -191,7 +191,8 @@ def test_a_failure_in_any_step_changes_nothing(step, exc, monkeypatch):
 def test_overflow_in_half():
     net = Net(lambda m,x: m.bn1(m.conv1(x))); net.bn1.running_var[:] = 1e-6; net.bn1.eps = 1e-9; net.bn1.weight.data[:] = 6e4
     net.half(); state = snapshot(net)
-    with pytest.raises(FoldError, match='overflow|finite|Fold'): BNFolder().fold(net, x.half(), inplace=True)
+    folder = BNFolder(); folder.fold(net, x.half(), inplace=True)
+    assert not folder.report.n_folded and 'would overflow torch.float16' in folder.report.rows[0].reason
     assert unchanged(net, state)
 
 def test_unfold_without_fold():

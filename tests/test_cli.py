@@ -41,6 +41,21 @@ def test_reproduce_path(tmp_path, ext):
     a,b = (json.loads((tmp_path/o/'results.json').read_text())['networks']['resnet18'] for o in ('o','o2'))
     assert a['metrics_before']['accuracy']==b['metrics_before']['accuracy'] and a['history']==b['history'] # the weights were used again
 
+def test_help_explains_the_commands(monkeypatch, capsys):
+    from fastai_bnfold.lab.cli import main
+    monkeypatch.setattr(sys, 'argv', ['bnfold','--help'])
+    main()
+    out = capsys.readouterr().out
+    assert all(words in out for words in ('reproduce','Train networks','bench','Latency and throughput'))
+
+@pytest.mark.parametrize('args,words', [(['reproduce','--epochs','five'],['epochs','five','--help']), (['bench'],['models']), (['reproduce','--no-such-option'],['no-such-option'])])
+def test_bad_options_are_one_line(args, words, monkeypatch, capsys):
+    from fastai_bnfold.lab.cli import main
+    monkeypatch.setattr(sys, 'argv', ['bnfold',*args])
+    with pytest.raises(SystemExit) as stop: main()
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code==2 and len(lines)==1 and all(word in lines[0] for word in ['bnfold: ',*words])
+
 def test_bad_input(tmp_path):
     fails(bnfold('reproduce', '--data', 'imagenet'), "unknown data 'imagenet'", 'digits')
     fails(bnfold('reproduce', '--data', tmp_path/'none'), 'no file or folder', 'none')

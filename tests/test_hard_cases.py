@@ -154,7 +154,7 @@ def a_bias_of_another_dtype():
     class Own(nn.Conv2d):
         def forward(self, x): return F.conv2d(x, self.weight, self.bias.to(x.dtype))
     m = Net(); m.conv1 = Own(3,8,3); m.conv1.bias.data = m.conv1.bias.data.double(); return m
-@case((FoldError, 'overflow'), args=(x.half(),))
+@case(['overflow'], args=(x.half(),))
 def an_overflow_in_half():
     m = Net(); m.bn1.running_var[:] = 1e-6; m.bn1.eps = 1e-9; m.bn1.weight.data[:] = 6e4; return m.half()
 @case([''], bigger)

@@ -104,11 +104,6 @@ def test_sync_and_lazy(bn):
     net(x) if bn is nn.LazyBatchNorm2d else net.eval()(x)
     check(net, x, [torch.randn(1,3,12,5)], torch.float32, how='backward')
 
-def test_lazy_without_a_first_run():
-    net = nn.Sequential(nn.LazyConv2d(16, 3), nn.LazyBatchNorm2d())
-    folder = BNFolder(); folder.fold(net, torch.randn(2,3,9,9))
-    assert folder.report.n_folded==1
-
 def test_chain_of_bns():
     net = nn.Sequential(nn.Conv2d(3,16,3), nn.BatchNorm2d(16), nn.BatchNorm2d(16), nn.Dropout2d(), nn.BatchNorm2d(16), nn.Tanh(),
                         nn.BatchNorm2d(16), nn.BatchNorm2d(16), nn.Conv2d(16,4,1), nn.BatchNorm2d(4))

@@ -87,6 +87,17 @@ def test_without_bns_on_purpose():
     model,other = net(),net(1)
     model.load_state_dict({name: value for name,value in other.state_dict().items() if not name.startswith('1.')}, strict=False)
     assert torch.equal(model[0].weight, other[0].weight)
+def test_what_nobody_can_tell_is_said():
+    "A plain dict, a bias everywhere, and `strict=False`: a folded model's names are those of all but the BNs"
+    model = net(bias=True)
+    state = dict(BNFolder().fold(model, x).state_dict())
+    with pytest.warns(UserWarning, match='If a folded model was saved'): model.load_state_dict(state, strict=False)
+def test_the_rest_is_loaded_without_a_word():
+    model,other = net(),net(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model.load_state_dict({name: value for name,value in other.state_dict().items() if not name.startswith('1.')}, strict=False)
+        net(bias=True).load_state_dict({'7.weight': other[7].weight}, strict=False)
 def test_another_network_is_pytorchs_to_refuse():
     with pytest.raises(RuntimeError) as e: net().load_state_dict(nn.Linear(2,2).state_dict())
     assert not isinstance(e.value, FoldError)

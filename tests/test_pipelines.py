@@ -14,6 +14,7 @@ from fastai.vision.all import (AddMaskCodes, CategoryBlock, CrossEntropyLossFlat
 from fastai_bnfold.all import *
 from fastai_bnfold.deploy import deploy as D
 from fastai_bnfold.deploy.engines import backends
+from fastai_bnfold.deploy.export import export_checked
 from fastai_bnfold.deploy.serve import Deployed
 from fastai_bnfold.deploy.parity import inputs_differ
 from fastai_bnfold.fold.testing import randomize_bn
@@ -129,6 +130,19 @@ def test_unet(tmp_path, backend):
     got = deployed.predict(file)
     assert deployed.card['notes']==[] and 'foreground_acc' in deployed.card['metrics']
     assert np.array_equal(got.label, mask) and np.allclose(got.probs, probs, atol=1e-5)
+
+@pytest.mark.parametrize('average', [nn.AdaptiveAvgPool2d(1), lambda x: x.mean((2,3), keepdim=True), lambda x: x.mean((-1,-2))[...,None,None]], ids=['pool','mean','mean of the last'])
+def test_averages_of_a_white_page(tmp_path, average):
+    "55,000 numbers that are alike, added up in float32 one after another, are all rounded in the same direction: 8e-5 here"
+    pytest.importorskip('onnxruntime')
+    class Average(nn.Module):
+        def forward(self, x): return average(x)
+    torch.manual_seed(1)
+    model = randomize_bn(nn.Sequential(nn.Conv2d(3,8,3,2), nn.BatchNorm2d(8), nn.ReLU(), Average(), nn.Flatten(), nn.Linear(8,2))).eval()
+    x = torch.ones(2,3,384,576)*tensor([2.2,2.4,2.6])[:,None,None]
+    exported = export_checked(model, (x,), 'onnx', tmp_path)
+    with torch.no_grad(): exact = model.double()(x.double())
+    assert np.abs(exported.run(x.numpy())[0]-exact.numpy()).max()<2e-6
 
 class AsImage(nn.Module):
     def forward(self, x): return {'image': TensorImage(x), 'mean': x.mean((1,2,3))}

@@ -160,8 +160,10 @@ def test_one_bad_row():
     good,bad,also = m.predict(rows, on_error='return')
     assert isinstance(bad, DeployError) and good.label==also.label
 
-def test_really_deployed(tmp_path):
-    learn = learner_of('numbers missing')
+@pytest.mark.parametrize('name', ['numbers missing','integer names','datepart','intervals'])
+def test_really_deployed(tmp_path, name):
+    "With the check that the card's steps are fastai's"
+    learn = learner_of(name)
     with learn.no_bar(): m = learn.deploy(tmp_path/'m', 'eager')
-    df = tables['numbers missing'][0].drop(columns='y')
+    df = tables[name][0].drop(columns='y')
     assert not m.card['notes'] and close(probs(Deployed(tmp_path/'m').predict(df)), predicted(learn, df))

@@ -102,6 +102,17 @@ class Lifted:
         inline(lifted.gm)
         return lifted
     def copy(self): return Lifted(self.ep, self.gm, self.specs, self.tensors)
+    def convert(self, dtype):
+        "Let all that is stored, and floating point, have another dtype (what asserts the one of before goes)"
+        made = {}
+        def converted(o):
+            if not o.is_floating_point(): return o
+            if id(o) not in made: made[id(o)] = nn.Parameter(o.detach().to(dtype), False) if isinstance(o, nn.Parameter) else o.to(dtype)
+            return made[id(o)]
+        self.tensors = {node: converted(tensor) for node,tensor in self.tensors.items()}
+        for node in list(self.graph.nodes):
+            if op_name(node)=='_assert_tensor_metadata': self.graph.erase_node(node)
+        self.gm.recompile()
     @property
     def graph(self): return self.gm.graph
     @property
@@ -195,7 +206,7 @@ def _constants_to_bake(program):
     "The constants that operators on values read, and their numbers, if these are no more than those they are made of"
     res = {}
     for node in program.nodes:
-        if node.op!='call_function' or not program.is_const(node) or all(program.is_const(user) for user in node.users): continue
+        if node.op!='call_function' or not program.is_fixed(node) or all(program.is_fixed(user) for user in node.users): continue
         given = {leaf: program.tensor(leaf).detach() for leaf in program.leaves(node)}
         value = program.evaluate_on(node, given)
         if isinstance(value, Tensor) and value.numel()<=sum(o.numel() for o in given.values()): res[node] = value
@@ -206,21 +217,21 @@ def bake_constants(lifted:Lifted, program:Program) -> bool:
     baked_values = _constants_to_bake(program)
     if not baked_values: return False
     for node,value in baked_values.items():
-        user = next(user for user in node.users if not program.is_const(user))
+        user = next(user for user in node.users if not program.is_fixed(user))
         path = getattr(program.call(user), 'path', '') if program.is_alone(user) else program.label(user)
         name = free_name(dotted(path, _argument_of(user, node)), lifted.taken)
         is_float = value.is_floating_point()
         tensor = nn.Parameter(value.contiguous().clone(), requires_grad=False) if is_float else value.clone()
         new = lifted.add(name, tensor, InputKind.PARAMETER if is_float else InputKind.BUFFER)
-        node.replace_all_uses_with(new, delete_user_cb=lambda user: not program.is_const(user))
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: not program.is_fixed(user))
     lifted.clean_up()
     lifted.gm.recompile()
     return True
 
 # %% ../../nbs/fold/13_graph.ipynb #6f447bf3
-def _insert_clamp(lifted, program, edit):
+def _insert_clamp(lifted, program, edit, dtype=None):
     "The activation with other bounds, as one or two operations"
-    node,clamp = lifted.copies[edit.node],clamp_of(program, edit)
+    node,clamp = lifted.copies[edit.node],clamp_of(program, edit, dtype)
     x,own = node.args[0],edit.inplace and lifted.may_write
     for name,op in (('lo','clamp_min'),('hi','clamp_max')):
         bound = dict(clamp.named_buffers()).get(name)
@@ -249,9 +260,16 @@ def _set_parameters(lifted, program, steps, parameters):
         makes_bias = edit.absorber.bias in parameters and program.tensor_named(edit.absorber.bias) is None
         for node in edit.nodes if makes_bias else (): set_argument(lifted.copies[node], 'bias', by_name[edit.absorber.bias])
 
-def apply_to_graph(lifted:Lifted, program:Program, steps:list, parameters:dict) -> Lifted:
+def apply_to_graph(
+    lifted:Lifted,
+    program:Program,       # Of its graph
+    steps:list,
+    parameters:dict,       # Full name → `Parameter`
+    dtype:torch.dtype=None # Another dtype for everything that is stored
+) -> Lifted:
     "A copy of the graph, changed as planned"
     new,bounds = lifted.copy(),{}
+    if dtype: new.convert(dtype)
     _set_parameters(new, program, steps, parameters)
     gone = {}
     for edit in all_edits(steps, Rebound): bounds[edit.node] = edit
@@ -259,7 +277,7 @@ def apply_to_graph(lifted:Lifted, program:Program, steps:list, parameters:dict) 
     for node,source in gone.items():
         while source in gone: source = gone[source]
         new.copies[node].replace_all_uses_with(new.copies[source])
-    for edit in bounds.values(): _insert_clamp(new, program, edit)
+    for edit in bounds.values(): _insert_clamp(new, program, edit, dtype)
     new.clean_up()
     return new
 
@@ -543,6 +561,7 @@ class GraphFold(Fold):
 
     def apply(self, steps, parameters):
         "The folded program, its branches merged"
+        self.applied = steps
         new = apply_to_graph(self.lifted, self.program, steps, parameters)
         self.merged = merge(new, new.program(self.args)) if self.merging else {}
         self.exported = new.exported()
@@ -554,11 +573,19 @@ def _search_for_wrong(self:GraphFold, steps):
     "Was it a merge? Else it was a step"
     if self.merged:
         self.merging = False
-        if self._is_right(steps):
+        if not self._why_wrong(steps):
             self.apply(steps, self._parameters(steps))
             return {}
         self.merging = True
     return Fold._search_for_wrong(self, steps)
+
+@patch
+def _run_doubled(self:GraphFold, args, exact):
+    "The outputs of the graph, unfolded and folded, in float64"
+    def applied(steps, exact): return apply_to_graph(self.lifted, self.program, steps, exact, torch.float64)
+    was,becomes = applied([], {}),applied(self.applied, exact)
+    if self.merging: merge(becomes, becomes.program(args))
+    return was.program(args).outputs, becomes.program(args).outputs
 
 # %% ../../nbs/fold/13_graph.ipynb #0aceb8f9
 def _merged_note(merged):

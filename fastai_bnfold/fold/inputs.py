@@ -8,7 +8,7 @@ __all__ = ['map_tensors', 'plain', 'fresh', 'first_items', 'as_args', 'leaves', 
            'evaluating', 'uncompiled', 'cannot_run', 'run']
 
 # %% ../../nbs/fold/02_inputs.ipynb #5082ad9f
-import copy, random, torch, warnings
+import copy, random, sys, torch, warnings
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from torch import nn, Tensor
@@ -142,12 +142,15 @@ def check_dense(args:tuple):
 # %% ../../nbs/fold/02_inputs.ipynb #18187902
 @contextmanager
 def same_random():
-    "The random generators of torch and Python come back as they were"
+    "The random generators of torch, Python and NumPy (if it is there) come back as they were"
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    state = random.getstate()
+    numpy = sys.modules.get('numpy')
+    state,numpys = random.getstate(),numpy and numpy.random.get_state()
     try:
         with torch.random.fork_rng(cuda): yield
-    finally: random.setstate(state)
+    finally:
+        random.setstate(state)
+        if numpy: numpy.random.set_state(numpys)
 
 @contextmanager
 def surely(restore):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Chain', 'BN', 'bn_map', 'step_map', 'bns_in_modules', 'bns_in_graph', 'bns_in_subgraphs', 'bns_of', 'Step',
-           'all_edits', 'fold_one', 'sites', 'cheapest', 'FoldPlan', 'make_plan']
+           'all_edits', 'fold_one', 'sites', 'cheapest', 'FoldPlan', 'together', 'make_plan']
 
 # %% ../../nbs/fold/08_plan.ipynb #1707e0b0
 import torch
@@ -51,6 +51,7 @@ class BN:
     is_bn:bool=True
     reason:str=''                             # Why it must stay, as far as it itself is concerned
     kind:str=''
+    runs:list=field(default_factory=list)     # In a graph every run is a BN of its own; of several taken together: these
     def links(self) -> dict:
         links = {}
         for chain in self.chains: links |= chain.links()
@@ -182,13 +183,20 @@ def _modules_with(view):
         if has_bn or _may_be_affine(view, call): groups.setdefault(call.module, []).append(call)
     return groups
 
+def _of_no_input(view, node):
+    "Why the BN of a constant stays"
+    if all(view.registered(view.tensor(leaf)) for leaf in view.leaves(arguments(node)['input'])):
+        return 'what it normalizes is a constant of the model, which depends on no input'
+    return ("what it normalizes comes from no operation that was traced: it was computed outside of PyTorch (by NumPy, say) or inside a function of `torch.func`, "
+        "or is a tensor that no module has registered")
+
 def bns_in_modules(view) -> list:
     "Every BN of a program whose modules are to be changed, and other constant maps, in the order of execution"
     found = {view.ops_of(calls[0])[0]: _bn_of_module(view, calls) for calls in _modules_with(view).values()}
     for node in filter(is_bn, view.nodes):
         call = view.call(node)
         if view.is_const(node):
-            found[node] = BN(call.path if call else '(the model itself)', reason="what it normalizes is a constant of the model, which depends on no input", kind='constant')
+            found[node] = BN(call.path if call else '(the model itself)', reason=_of_no_input(view, node), kind='constant')
         elif call is None or call.path=='' and view.children(call):
             found[node] = BN('(the model itself)', reason="it is a bare function call in the model's own `forward`, no module that could be replaced", kind='bare function')
             if running(node): found[node].chains.append(Chain(arguments(node)['input'], [node]))
@@ -198,7 +206,7 @@ def bns_in_modules(view) -> list:
 # %% ../../nbs/fold/08_plan.ipynb #f78d0a5d
 def _bn_in_graph(view, node):
     bn = BN(view.label(node), is_bn=True)
-    if view.is_const(node): bn.reason,bn.kind = "what it normalizes is a constant of the model, which depends on no input",'constant'
+    if view.is_const(node): bn.reason,bn.kind = _of_no_input(view, node),'constant'
     elif not running(node): bn.reason,bn.kind = \
         'it normalizes by the statistics of the batch (no running statistics, or in training mode), which is no fixed map','statistics of the batch'
     else:
@@ -349,15 +357,14 @@ def _behind_constants(view, bn, amap):
         node = user
     return (at, amap, [o for o in passed if o is not at]) if at and view.users(at) else None
 
-def sites(view, bn) -> list:
-    "From where the map of `bn` can be sent off: `(value or None, map, the values in between)`"
+def sites(view, bn):
+    "From where the map of `bn` can be sent off, one after the other: `(value or None, map, the values in between)`"
     chain = bn.chains[0]
     amap = chain.map(view)
-    found = [(None, amap, ())]
-    if len(bn.chains)>1: return found
-    for other in (_behind_constants(view, bn, amap), residual(view, chain.last, chain.source, amap)):
-        if other: found.append((other[0], other[1], (*other[2], *chain.nodes)))
-    return found
+    yield None, amap, ()
+    if len(bn.chains)>1: return
+    for look in (lambda: _behind_constants(view, bn, amap), lambda: residual(view, chain.last, chain.source, amap)):
+        if other := look(): yield other[0], other[1], (*other[2], *chain.nodes)
 
 # %% ../../nbs/fold/08_plan.ipynb #bf3ce247
 def _step(bn, how, found, amap):
@@ -402,6 +409,20 @@ _all_ways = ('backward','forward','split')
 _rounds = [(0, [(('backward',), 1), (('forward','split'), -1)]), (1, [(_all_ways, 1)]), (2, [(_all_ways, 1)])]
 
 # %% ../../nbs/fold/08_plan.ipynb #7d9e10a2
+def _parameters_of(bn):
+    "What tells the runs of one BN in a graph from those of another"
+    chain = bn.chains[0]
+    given = arguments(chain.nodes[0]).items()
+    return op_of(chain.nodes[0]), tuple((name, str(value)) for name,value in given if value is not chain.source)
+
+def together(bns) -> list:
+    "The runs of one BN in a graph (an encoder that is called twice), as one that goes from all places at once"
+    by_parameters = {}
+    for bn in bns:
+        if bn.module is None and bn.chains: by_parameters.setdefault(_parameters_of(bn), []).append(bn)
+    def one(runs): return BN(runs[0].path, None, [bn.chains[0] for bn in runs], is_bn=runs[0].is_bn, runs=runs)
+    return [one(runs) for runs in by_parameters.values() if len(runs)>1]
+
 class _Planner:
     "A plan in the making"
     def __init__(self, program, costly, clamps, state=State()):
@@ -411,32 +432,34 @@ class _Planner:
     def fold_all(self, bns):
         waiting = list(bns)
         for level,sweeps in _rounds:
-            while self._sweep(waiting, level, sweeps): pass
+            while self._sweep(waiting, level, sweeps) or self._sweep(waiting, level, sweeps, together): pass
         return waiting
 
-    def _sweep(self, waiting, level, sweeps):
+    def _sweep(self, waiting, level, sweeps, candidates=list):
         "Try all that wait; has something moved?"
         moved = False
         for hows,direction in sweeps:
-            for bn in waiting[::direction]:
+            for bn in candidates(waiting)[::direction]:
                 reasons = {}
                 step = cheapest(View(self.program, self.state), bn, hows, level, reasons)
-                self.reasons[bn] = self.reasons.get(bn, {}) | reasons
+                for run in bn.runs or [bn]: self.reasons[run] = self.reasons.get(run, {}) | reasons
                 if step is None: continue
-                if self._too_costly(step): self.rows[bn] = self._row_of_possible(bn, step); continue
+                if self._too_costly(step): self._note_possible(bn, step); continue
                 self._take(bn, step)
-                waiting.remove(bn)
+                for run in bn.runs or [bn]: waiting.remove(run)
                 moved = True
         return moved
 
     def _take(self, bn, step):
         self.state = self.state.without(self.program, step.links, step.edits)
         self.steps.append(step)
-        self.rows[bn] = Row(bn.path, True, step.how, step.into, step.acts, is_bn=bn.is_bn, calls=len(bn.chains))
+        for run in bn.runs or [bn]: self.rows[run] = Row(run.path, True, step.how, step.into, step.acts, is_bn=run.is_bn, calls=len(run.chains))
 
     def _too_costly(self, step):
         if step.acts and not self.clamps: return True
         return step.extra>2 and not self.costly
+    def _note_possible(self, bn, step):
+        for run in bn.runs or [bn]: self.rows[run] = self._row_of_possible(run, step)
     def _row_of_possible(self, bn, step):
         if self.clamps: but = f"would make {step.extra} passes more over memory, which take longer than the BN (0.3 to 0.4 of its time each)"
         else: but = 'would need bounds per channel, which were ruled out (`clamps=False`)'
@@ -470,9 +493,9 @@ def _follow(rows):
 
 def _never_ran(program, model):
     "A row for every BN of the model that did not run"
-    ran = {call.module for call in program.calls}
+    ran = {call.path for call in program.calls}
     return [Row(path, live=False, reason='it never ran on the example batch in eval mode', kind='never ran') for path,module in model.named_modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in ran]
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and path not in ran]
 
 # %% ../../nbs/fold/08_plan.ipynb #29fa7e77
 def _may_write(view, node):

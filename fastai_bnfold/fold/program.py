@@ -90,6 +90,10 @@ class _Asked:
     def tensor(self, node:Node) -> Tensor:
         "The parameter, buffer or constant that `node` stands for, None if it is none"
         return self._tensors.get(node)
+    @property
+    def stored_tensors(self) -> list:
+        "Every parameter, buffer and constant that was read"
+        return list(self._tensors.values())
     def registered(self, tensor:Tensor) -> list:
         "Every `(path, name, is it a parameter?)` at which `tensor` is registered"
         return self._places.get(id(tensor), [])
@@ -104,12 +108,21 @@ class _Asked:
         "Its numbers, on the CPU, in float64"
         tensor = self.tensor_named(name)
         return None if tensor is None else _numbers(tensor)
+    def largest(self, name:str) -> float:
+        "The largest magnitude in the parameter or buffer of this name; NaN if one is in it"
+        if name not in self._largest:
+            numbers = self.tensor_named(name).detach()
+            self._largest[name] = max(abs(end.item()) for end in numbers.aminmax()) if numbers.numel() else 0.
+        return self._largest[name]
     def readers(self, tensor:Tensor) -> list:
         "The nodes that read the parameter or buffer `tensor`, through whatever constants are made of it"
         return self._readers.get(id(tensor), [])
     def is_const(self, node:Node) -> bool:
-        "Is the value of `node` computed from parameters and buffers alone?"
+        "Is the value of `node` computed from parameters and buffers alone (and perhaps cut or expanded to the size of an input)?"
         return self._const.get(node, False)
+    def is_fixed(self, node:Node) -> bool:
+        "Is it a constant, whatever the size of the inputs?"
+        return node in self._fixed
     def leaves(self, node:Node) -> frozenset:
         "The nodes of the parameters and buffers of which a constant is made"
         return self._leaves[node]
@@ -125,7 +138,14 @@ class _Asked:
     def evaluate(self, node, stored, again):
         "The value of a constant node, of `stored` leaves; `again` gives those of its inputs"
         if node in self._tensors: return stored(node)
-        return node.target(*map_arg(node.args, again), **map_arg(node.kwargs, again))
+        def given(i): return again(i) if self._const[i] else self._of_that_size(i)
+        value = node.target(*map_arg(node.args, given), **map_arg(node.kwargs, given))
+        return _numbers(value) if op_of(node) in _factories else value
+    def _of_that_size(self, node):
+        "A size, or any tensor of the shape of `node`"
+        value = self._vals[node]
+        if not isinstance(value, Tensor): return value
+        return torch.empty((), dtype=torch.float64 if value.is_floating_point() else value.dtype).expand(value.shape)
     def evaluate_on(self, node:Node, given:dict):
         "The value of a constant node if some of its leaves were those `given`"
         def value(i): return given[i] if i in given else self.evaluate(i, self.stored, value)
@@ -226,7 +246,7 @@ class Program(_Homes):
         self._tensors,self._places,self._vals,self._owner,self.calls = tensors,places,vals,owner,calls
         self._set_calls(); self._set_memory(); self._set_constants(); self._set_readers()
         self._named = {self.name_of(tensor): tensor for tensor in tensors.values()}
-        self.answers,self._numbers,self.devices = {},{},{} # what was asked for already; devices of values of a graph
+        self.answers,self._numbers,self._largest,self.devices = {},{},{},{} # what was asked for already; devices of values of a graph
 
 # %% ../../nbs/fold/03_program.ipynb #d266379f
 @patch
@@ -256,14 +276,32 @@ def _set_constants(self:Program):
     written = set()
     for node in self.nodes:
         if writes(node): written |= self._alias[node]
-    self._const = {}
+    self._const,self._sizes,self._fixed = {},set(),set()
     for node in self.nodes:
-        made = node.op=='call_function' and bool(node.all_input_nodes) and all(self._const[i] for i in node.all_input_nodes)
-        self._const[node] = node not in written and (node in self._tensors or made and not is_random(node))
+        if self._is_size(node): self._sizes.add(node)
+        self._const[node] = node not in written and (node in self._tensors or self._is_made_of_constants(node))
+        if self._const[node] and all(i in self._fixed for i in node.all_input_nodes): self._fixed.add(node)
         call = self.call(node)
         if node.op=='call_function' and not self._const[node] and call: self._ops.setdefault(id(call), []).append(node)
         if self.writes(node): self._merge(node, node.all_input_nodes[0])
     self.spoils = {node for node in self.nodes if writes(node) and self.read_after(node)} # the graph does not show what is read then
+
+_factories = {*ops('arange','zeros','ones','full','eye','linspace','scalar_tensor','zeros_like','ones_like','full_like',
+    'new_zeros','new_ones','new_full')} # tensors made of numbers
+
+@patch
+def _is_size(self:Program, node):
+    "Is it the size of a tensor, or computed from sizes?"
+    if node.op!='call_function' or isinstance(self._vals.get(node), Tensor): return False
+    if op_name(node) in ('sym_size','sym_numel'): return True
+    return bool(node.all_input_nodes) and all(i in self._sizes for i in node.all_input_nodes)
+
+@patch
+def _is_made_of_constants(self:Program, node):
+    "Is it computed from constants, and nothing of the data but sizes?"
+    if node.op!='call_function' or is_random(node): return False
+    read = [i for i in node.all_input_nodes if i not in self._sizes and not reads_shape_only(node, i)]
+    return (bool(read) or op_of(node) in _factories) and all(self._const[i] for i in read)
 
 @patch
 def _set_readers(self:Program):

@@ -22,14 +22,12 @@ def is_sum(view, node) -> bool:
     "Is `node` a sum, or a multiple by a number (a BN that is gone is none)?"
     if not isinstance(node, Node) or view.is_gone(node) or view.is_const(node): return False
     if op_of(node) in sum_ops: return _number(arguments(node).get('alpha', 1))
-    if op_of(node) not in product_ops or not _number(node.args[1]) or arguments(node).get('rounding_mode'): return False
-    return op_name(node)!='div' or node.args[1]!=0
+    return op_of(node) in product_ops and multiple(node) is not None
 
 def _parts(view, node):
     "`(summand, coefficient)` of one sum or multiple"
     if op_of(node) in sum_ops: return summands(view, node).items()
-    c = node.args[1]
-    return [(node.args[0], 1/c if op_name(node)=='div' else c)]
+    return [(node.args[0], multiple(node))]
 
 @dataclass(frozen=True)
 class Term:
@@ -118,7 +116,7 @@ def residual(view, end:Node, source:Node, amap:Affine):
         [node] = users
         if not is_sum(view, node) or not view.users(node): continue
         total = Sum(view, node)
-        if any(term.value is not end and term.value is not source for term in total.terms): continue
+        if any(term.value is not end and term.value is not source for term in total.terms): return None # and so it is in all sums of this one
         own = sum(term.coefficient for term in total.terms if term.value is end)
         rest = sum(term.coefficient for term in total.terms if term.value is source)
         if rest!=0 and own+rest!=0:

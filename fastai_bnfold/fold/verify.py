@@ -76,7 +76,7 @@ def _positions(node, view):
     return [dilation*(size-1)+1+extra for size,dilation,extra in zip(kernel, each('dilation'), more)]
 
 _alike = {*bn_ops, *ops('relu','relu6','hardtanh','clamp','clamp_min','clamp_max','leaky_relu','abs','sigmoid', # every position alone
-    'add','sub','rsub','mul','div','cat', # and of several values the same
+    'add','sub','subtract','rsub','mul','multiply','div','divide','true_divide','neg','negative','cat', # and of several values the same
     'max_pool1d','max_pool2d','max_pool3d','avg_pool1d','avg_pool2d','avg_pool3d')} # or a few beside it
 
 def _is_alike(node, view) -> bool:

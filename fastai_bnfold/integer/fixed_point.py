@@ -133,8 +133,8 @@ def exact_bn(
 ) -> Tensor:  # int64
     "The reference: BN and quantizer in exact arithmetic"
     task = task_of(bn, in_scale, in_range, out_scale, out_bits, signed, rounding)
-    reached_at = torch.from_numpy(task.stairs.l)
-    mirrored = torch.from_numpy(task.mirrored).view(1,-1,*[1]*(x.ndim-2))
+    reached_at = torch.from_numpy(task.stairs.l).to(x.device)
+    mirrored = torch.from_numpy(task.mirrored).to(x.device).view(1,-1,*[1]*(x.ndim-2))
     climbing = torch.where(mirrored, -x.long(), x.long()).transpose(0,1)
     by_channel = climbing.reshape(len(reached_at), -1).contiguous()
     n_reached = torch.searchsorted(reached_at, by_channel, right=True)

@@ -10,6 +10,7 @@ import inspect, sys, warnings
 # Said by what fastai imports, before anything else is imported: a user of the command can do nothing about it
 warnings.filterwarnings('ignore', '`torch.jit.script` is deprecated')
 from fastcore.script import anno_parser
+from .. import __version__
 from .article import reproduce
 from .bench import bench_models
 from .command import exit_with
@@ -17,14 +18,25 @@ from .command import exit_with
 # %% ../../nbs/lab/08_cli.ipynb #2449238c
 commands = {'reproduce': reproduce, 'bench': bench_models}
 
+def _help() -> str:
+    "What there is"
+    rows = '\n'.join(f'  {name:<10} {command.__doc__}' for name,command in commands.items())
+    return (f'usage: bnfold COMMAND [options]\n\n{rows}\n\n'
+            f'`bnfold COMMAND --help` explains the options of one. fastai_bnfold {__version__}')
+
+def _options(name, command, given):
+    "The arguments of a command, as they were given"
+    parser = anno_parser(command, prog=f'bnfold {name}')
+    parser.error = lambda msg: exit_with(f'{name}: {msg} (`bnfold {name} --help` explains)')
+    own = inspect.signature(command).parameters # the parser has options of its own, too
+    return {k: v for k,v in vars(parser.parse_args(given)).items() if k in own}
+
 def main():
     "The command `bnfold`"
     name = sys.argv[1] if len(sys.argv)>1 else ''
-    usage = (f"usage: bnfold COMMAND [options]; commands: {', '.join(commands)}; "
-             "`bnfold COMMAND --help` explains one")
-    if name in ('-h','--help'): return print(usage)
-    if name not in commands: exit_with(usage)
+    if name in ('-h','--help'): return print(_help())
+    if name=='--version': return print(f'fastai_bnfold {__version__}')
+    if name not in commands:
+        exit_with(f"usage: bnfold COMMAND [options]; commands: {', '.join(commands)}; `bnfold --help` explains them")
     command = commands[name].__wrapped__
-    args = vars(anno_parser(command, prog=f'bnfold {name}').parse_args(sys.argv[2:]))
-    own = inspect.signature(command).parameters # the parser has options of its own, too
-    command(**{k:v for k,v in args.items() if k in own})
+    command(**_options(name, command, sys.argv[2:]))

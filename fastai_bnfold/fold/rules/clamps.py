@@ -15,14 +15,19 @@ from ..state import *
 from .registry import *
 
 # %% ../../../nbs/fold/rules/06_clamps.ipynb #a1eeb0eb
-_clamps = ('relu','relu6','hardtanh','clamp','clamp_min','clamp_max')
-_fixed = {'relu': (0,None), 'relu6': (0,6)}
+_clamps = ('relu','relu6','hardtanh','clamp','clip','clamp_min','clamp_max','maximum','minimum')
+
+def _own_bounds(node):
+    "The bounds as they are written: numbers, nodes, or None"
+    name,args = op_name(node),arguments(node)
+    fixed = {'relu': (0,None), 'relu6': (0,6), 'maximum': (args.get('other'),None), 'minimum': (None,args.get('other'))}
+    return fixed.get(name, (args.get('min', args.get('min_val')), args.get('max', args.get('max_val'))))
 
 def bounds(view, node:Node) -> tuple:
     "The bounds of a clamp as they are by now: two float64 tensors, infinite for none"
     if node in view.state.bounds: return view.state.bounds[node]
-    args = arguments(node)
-    lo,hi = _fixed.get(op_name(node), (args.get('min', args.get('min_val')), args.get('max', args.get('max_val'))))
+    lo,hi = _own_bounds(node)
+    if view.is_const(node.args[0]) or view.shape(node)!=view.shape(node.args[0]): raise Stop(f"{view.where(node)}, whose bound is not that of each value", 'no rule')
     if is_value(view, lo) or is_value(view, hi): raise Stop(f"{view.where(node)}, whose bounds are computed anew at every call", 'no rule')
     ndim = len(view.shape(node))
     lo,hi = constant(view, -inf if lo is None else lo, ndim),constant(view, inf if hi is None else hi, ndim)
@@ -79,13 +84,13 @@ def _check_positive(view, node, amap):
     if (amap.shift!=0).any() or (amap.scale<0).any():
         raise Stop(f"{view.where(node)}, which only lets positive scales without a shift pass", 'negative scale')
 
-@backward('leaky_relu', 'prelu', 'abs')
+@backward('leaky_relu', 'prelu', 'abs', 'absolute')
 def homogeneous_backward(view, node, amap):
     "`s·f(x) = f(s·x)` for `s ≥ 0`"
     _check_positive(view, node, amap)
     return [(node.args[0], amap)]
 
-@forward('leaky_relu', 'prelu', 'abs')
+@forward('leaky_relu', 'prelu', 'abs', 'absolute')
 def homogeneous_forward(view, node, amap, source):
     "`f(s·x) = s·f(x)` for `s ≥ 0`"
     if source is not node.args[0]: raise Stop(f"{view.where(node)}, for which it is the slope", 'product')

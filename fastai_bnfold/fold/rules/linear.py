@@ -141,6 +141,8 @@ def linear_layer(view, node:Node, amap:Affine) -> tuple:
     if name=='addmm': x,weight,bias = args['mat1'],args['mat2'],args['self']
     else: x,weight,bias = args['self'],args.get('mat2', args.get('other')),None
     scaled = args.get('alpha', 1)!=1 or args.get('beta', 1)!=1
+    if view.is_const(x): raise Stop(f"{view.where(node)}, where the matrix of parameters stands on the left", 'no rule')
+    if not view.is_const(weight): raise Stop(f"{view.where(node)}, a product of two values", 'product')
     if len(view.shape(weight))!=2 or scaled: raise Stop(f"{view.where(node)}, which is no linear layer", 'computed weight')
     return x, absorber(view, node, amap, weight, bias, has_place=False, transposed=True)
 

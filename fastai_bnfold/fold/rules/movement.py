@@ -51,7 +51,9 @@ def _moved_inputs(view, node) -> list:
 
 def _check_indices(view, node):
     "A `Stop` where what is moved depends on the data: an index that is a value"
-    for i in _moved_inputs(view, node):
+    moved = _moved_inputs(view, node)
+    if not moved: raise Stop(f"{view.where(node)}, which picks from a constant what the data says", 'index from the data')
+    for i in moved:
         if not view.dtype(i).is_floating_point: raise Stop(f"{view.where(node)}, whose index is computed from the data", 'index from the data')
 
 # %% ../../../nbs/fold/rules/03_movement.ipynb #74a7bef3
@@ -130,7 +132,7 @@ def _met(view, node, part, rest, out, item, size):
     return met
 
 def movement_backward(view, node, amap, item=None):
-    "Run the op on the numbers of its input's elements, and see which map each of them meets (`item`: of several outputs, the one with the map)"
+    "Run the op on the numbers of its input's elements, and see which map each of them meets (NaN: it is not read); `item`: of several outputs, the one with the map"
     _check_indices(view, node)
     if _pads(view, node, amap): return [(node.args[0], amap)]
     values = _moved_inputs(view, node)
@@ -140,7 +142,8 @@ def movement_backward(view, node, amap, item=None):
     out = _run_on(view, node, given.get)
     scale = _met(view, node, amap.scale, 1., out, item, sum(sizes)).split(sizes)
     shift = _met(view, node, amap.shift, 0., out, item, sum(sizes)).split(sizes)
-    return [(i, compress(Affine(s.view(view.shape(i)), t.view(view.shape(i))))) for i,s,t in zip(values, scale, shift)]
+    def shaped(i, s, t): return collapsed(Affine(s.view(view.shape(i)), t.view(view.shape(i))), keep=True)
+    return [(i, shaped(i, s, t)) for i,s,t in zip(values, scale, shift)]
 
 backward(*_known)(movement_backward)
 
@@ -158,7 +161,7 @@ def _sizes_beside(amap, dim):
     "The sizes of the map but for those along the dimension `dim`"
     return [1 if i==amap.scale.ndim+dim else size for i,size in enumerate(amap.scale.shape)]
 
-@forward('cat', 'concat', several=True)
+@forward('cat', 'concat', 'concatenate', several=True)
 def cat_forward(view, node, maps):
     "The inputs' maps, one beside the other; an input without one gets the identity map"
     dim,pieces = _pieces(view, node)
@@ -171,7 +174,7 @@ def cat_forward(view, node, maps):
         return torch.cat(parts, dim)
     return [(node, compress(Affine(joined('scale'), joined('shift'))))]
 
-@backward('cat', 'concat')
+@backward('cat', 'concat', 'concatenate')
 def cat_backward(view, node, amap):
     "Each input takes its part"
     dim,pieces = _pieces(view, node)

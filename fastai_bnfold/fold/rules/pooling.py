@@ -26,8 +26,9 @@ def _n_pooled(view, node):
 
 def _check_window(view, node, amap):
     args = arguments(node)
+    if args.get('divisor_override'): raise Stop(f"{view.where(node)}, which divides by a number of its own (`divisor_override`)", 'no rule')
     averages_zeros = args.get('count_include_pad') and any(args.get('padding') or [0])
-    if averages_zeros or args.get('divisor_override'): raise Stop(f"{view.where(node)}, which averages padded zeros in", 'zero padding')
+    if averages_zeros: raise Stop(f"{view.where(node)}, which averages padded zeros in", 'zero padding')
     _check_alike(view, node, amap, range(-_n_pooled(view, node), 0))
 
 def _check_alike(view, node, amap, dims):

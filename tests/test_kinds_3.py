@@ -1,0 +1,327 @@
+"""Kinds of faults that a third hostile look found: one BN that cannot go held the others back, true folds were refused, reasons were untrue.
+Each has the right value, and variations; a fold is compared with the unfolded model, also on inputs that it has not seen"""
+from math import log2
+import pytest, torch, torch.nn.functional as F
+from torch import nn
+from torch.export import Dim, export
+from torch.nn.utils import parametrizations, prune
+from fastai_bnfold.fold import *
+from fastai_bnfold.fold import sums
+from fastai_bnfold.fold.folder import Fold
+from fastai_bnfold.fold.inputs import run
+from fastai_bnfold.fold.plan import make_plan
+from fastai_bnfold.fold.program import program_of
+from fastai_bnfold.fold.verify import max_err
+from test_kinds import Net, bn, conv, folded, x
+from test_kinds_2 import exported, folded_graph
+
+# --- many BNs that cannot go -----------------------------------------------------------------------
+
+class Liars(nn.Module):
+    "Pairs of convolution and BN; of the BNs at the places `liars` the forward reads something else, too"
+    def __init__(self, n, liars, lie):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3,3,1) for _ in range(n))
+        self.bns = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(n))
+        self.liars,self.lie = liars,lie
+        randomize_bn(self).double().eval()
+    def forward(self, x):
+        for i,(conv,bn) in enumerate(zip(self.convs, self.bns)):
+            x = bn(conv(x))
+            if i in self.liars: x = self.lie(conv, bn, x)
+        return x
+
+def by_attribute(conv, bn, x): return x.view(len(x), bn.num_features, *x.shape[2:])
+def by_numpy(conv, bn, x): return x*float(1+abs(conv.weight.detach().numpy()).mean())
+
+@pytest.mark.parametrize('lie', [by_attribute, by_numpy])
+@pytest.mark.parametrize('liars', [range(12, 24), range(0, 24, 2), [17]])
+def test_many_that_cannot_go(monkeypatch, lie, liars):
+    proofs = []
+    monkeypatch.setattr(Fold, '_why_wrong', lambda self, *args, of=Fold._why_wrong: proofs.append(0) or of(self, *args))
+    report = folded(Liars(24, liars, lie), x)
+    assert {row.bn for row in report.kept}=={f'bns.{i}' for i in liars}
+    assert all(row.kind=='proof failed' for row in report.kept)
+    assert len(proofs)<=2*len(liars)*log2(24)+3
+
+def test_each_says_why_it_cannot_go():
+    report = folded(Liars(6, [1,4], by_attribute), x)
+    assert all("'Identity' object has no attribute 'num_features'" in row.reason for row in report.kept)
+
+@pytest.mark.parametrize('patience', [0, 1e-3]) # seconds: over before the search is
+def test_a_search_has_an_end(monkeypatch, patience):
+    monkeypatch.setattr(Fold, 'patience', patience)
+    report = folded(Liars(24, range(12), by_attribute), x)
+    late = [row for row in report.kept if 'of search did not show' in row.reason]
+    assert late and {f'bns.{i}' for i in range(12)}<={row.bn for row in report.kept}
+
+# --- one that overflows, or is no number -----------------------------------------------------------
+
+def stack(n=4, **kw):
+    layers = [layer for i in range(n) for layer in (conv(8 if i else 3, 8, padding=1, **kw), bn(), nn.ReLU())]
+    return randomize_bn(nn.Sequential(*layers)).eval()
+
+def too_large(net):
+    net[4].weight.data.fill_(6e4)
+    net[4].running_var.data.fill_(1e-6)
+def large_shift(net):
+    net[3].weight.data.mul_(1e-3)
+    net[4].weight.data.fill_(2e3)
+    net[4].running_mean.data.fill_(-300)
+def no_number(net): net[3].weight.data[2] = float('nan')
+def infinite_bias(net): net[3].bias.data[1] = float('inf')
+
+def kept_alone(report, kind, n_bn=4):
+    assert (report.n_folded, report.n_bn)==(n_bn-1, n_bn)
+    [row] = report.kept
+    assert kind in row.kind and ('overflow torch.float16' in row.reason or 'not finite' in row.reason)
+
+@pytest.mark.parametrize('verify', [True, False])
+def test_one_that_overflows(verify):
+    net,image = stack().half(),x.half()
+    too_large(net)
+    folder = BNFolder(verify=verify)
+    assert folder.plan(net, image).n_folded==3
+    folder.fold(net, image)
+    kept_alone(folder.report, 'dtype')
+    graph = BNFolder(verify=verify)
+    with torch.no_grad(): graph.fold_graph(export(net, (image,)))
+    kept_alone(graph.report, 'dtype')
+    assert BNFolder().plan(net.float(), image.float()).n_folded==4
+
+def test_where_a_bias_would_overflow_another_way_is_found():
+    net,image = stack().half(),x.half()
+    large_shift(net)
+    folder = BNFolder()
+    new = folder.fold(net, image)
+    assert folder.report.n_folded==4 and 'split' in {row.how for row in folder.report.rows}
+    assert all(torch.isfinite(p).all() for p in new.parameters())
+
+@pytest.mark.parametrize('spoil', [no_number, infinite_bias])
+def test_one_that_is_no_number(spoil):
+    net = stack().double()
+    spoil(net)
+    kept_alone(folded(net, x), 'not finite')
+    kept_alone(folded_graph(exported(net, x), x), 'not finite')
+
+# --- what weights are computed from ----------------------------------------------------------------
+
+def weight_norm(net): parametrizations.weight_norm(net.c)
+def spectral_norm(net): parametrizations.spectral_norm(net.c)
+def old_weight_norm(net): nn.utils.weight_norm(net.c)
+def pruned(net): prune.l1_unstructured(net.c, 'weight', .3)
+read = {'weight_norm': (weight_norm, lambda net: net.c.parametrizations.weight.original0.norm()),
+    'spectral_norm': (spectral_norm, lambda net: net.c.parametrizations.weight.original.norm()),
+    'old weight_norm': (old_weight_norm, lambda net: net.c.weight_g.norm()), 'pruned': (pruned, lambda net: net.c.weight_mask.mean()),
+    'a loop': (weight_norm, lambda net: sum(p.abs().sum() for p in net.c.parametrizations.parameters()))}
+
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', read)
+def test_a_forward_that_reads_what_a_weight_is_computed_from(name):
+    parametrize,value = read[name]
+    net = Net(lambda m,x: m.b2(m.c2(m.b(m.c(x))*value(m))), c=conv(), b=bn(), c2=conv(8,4), b2=bn(4))
+    parametrize(net)
+    assert folded(net.eval(), x).n_folded==2
+    again = BNFolder()
+    assert max_err(run(net, (x,)), run(again.fold(again.fold(net, x), x), (x,)))<1e-9
+
+def test_a_bn_that_is_pruned():
+    net = Net(lambda m,x: m.b(m.c(x)), c=conv(), b=prune.l1_unstructured(bn(), 'weight', .3))
+    report = folded(net, x)
+    assert [(row.bn, row.folded) for row in report.rows]==[('b', True)]
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_bn_that_is_compiled():
+    net = Net(lambda m,x: m.b(m.c(x)), c=conv(), b=bn())
+    net.b = torch.compile(net.b, backend='eager')
+    assert folded(net, x).n_folded==1
+
+# --- simple operators ------------------------------------------------------------------------------
+
+simple = {'-y': lambda y: -y, 'neg': torch.neg, 'negative': torch.negative, 'positive': torch.positive, 'true_divide': lambda y: torch.true_divide(y, 2),
+    'divide': lambda y: torch.divide(y, 4), '*.5': lambda y: y*.5, '.5*': lambda y: .5*y, 'multiply': lambda y: torch.multiply(y, -3),
+    'subtract': lambda y: torch.subtract(y, 2), '1-y': lambda y: 1-y, 'subtract, alpha': lambda y: torch.subtract(y, 1, alpha=2),
+    'halves': lambda y: torch.cat([y[:,4:], y[:,:4]], 1), 'thirds': lambda y: torch.cat([y[:,6:], y[:,:3], y[:,3:6]], 1),
+    'rows': lambda y: torch.cat([y[:,:,3:], y[:,:,:3]], 2), 'a half': lambda y: torch.cat([y[:,:4], y[:,:4].flip(1)], 1),
+    'clip': lambda y: torch.clip(y, -1, 2), 'maximum': lambda y: torch.maximum(y, torch.tensor(.5).double()),
+    'minimum': lambda y: torch.minimum(y, torch.linspace(-1, 1, 8).double().view(8,1,1)), 'twice': lambda y: -(-y)}
+
+@pytest.mark.parametrize('name', simple)
+def test_simple_operators(name):
+    f = simple[name]
+    net = Net(lambda m,x: m.b(f(m.c(x))).sin(), c=conv(), b=bn())
+    in_graph = folded_graph(exported(net, x), x).n_folded
+    assert in_graph==(0 if name=='a half' else 1)
+    if name not in ('clip','maximum','minimum'): assert folded(net, x, others=[(x[:1],)]).n_folded==in_graph
+
+def test_a_difference_with_a_sign():
+    net = Net(lambda m,x: -(m.b(m.c(x))-m.b2(m.c2(x)))/2, c=conv(), b=bn(), c2=conv(), b2=bn())
+    assert folded(net, x).n_folded==2
+    report = folded_graph(exported(net, x), x)
+    assert report.n_folded==2 and report.merged
+
+# --- an encoder that is called several times -------------------------------------------------------
+
+def encoder(m, x): return m.b2(m.c2(m.b(m.c(x)).relu())).sin()
+siamese = {'two': (lambda m,x,y: (encoder(m, x), encoder(m, y)), 4), 'difference': (lambda m,x,y: encoder(m, x)-encoder(m, y), 4),
+    'three': (lambda m,x,y: encoder(m, x)+encoder(m, y)*encoder(m, x.flip(3)), 6),
+    'one without its BN': (lambda m,x,y: (encoder(m, x), m.c(y).sin(), m.c2(m.b(m.c(y)).relu()).sin()), 2), # forward
+    'a BN for each': (lambda m,x,y: (m.b(m.c(x)).sin(), m.b3(m.c(y)).sin()), 0)}
+
+@pytest.mark.parametrize('decomposed', [False, True])
+@pytest.mark.parametrize('name', siamese)
+def test_siamese_graphs(name, decomposed):
+    forward,n = siamese[name]
+    net = Net(forward, c=conv(), b=bn(), c2=conv(8,8), b2=bn(), b3=bn())
+    pair = x,x.flip(0)
+    folder,ep = BNFolder(),exported(net, *pair, decomposed=decomposed)
+    new = folder.fold_graph(ep)
+    assert folder.report.n_folded==n
+    for given in (pair, (pair[1], 2*x)):
+        assert max_err(run(ep.module(), given), run(new.module(), given))<1e-9
+    eager = BNFolder()
+    eager.fold(net, pair)
+    assert (eager.report.n_folded>0)==(n>2)
+
+def test_a_scale_for_each_channel_in_two_places():
+    net = Net(lambda m,x,y: (m.c(x)*m.gamma).sin()+(m.c(y)*m.gamma).cos(), c=conv())
+    net.gamma = nn.Parameter(torch.randn(8,1,1).double())
+    pair = x,x.flip(0)
+    folder,ep = BNFolder(),exported(net, *pair)
+    new = folder.fold_graph(ep)
+    assert [row.folded for row in folder.report.rows]==[True, True]
+    assert max_err(run(ep.module(), pair), run(new.module(), pair))<1e-9
+
+# --- right, though the outputs differ --------------------------------------------------------------
+
+def body(m, x): return m.b2(m.c2(m.b(m.c(x)).relu()))
+jumps = {'to int8': lambda m,x: (body(m, x)*50).to(torch.int8), 'round': lambda m,x: (body(m, x)*20).round().cumsum(1), 'sign': lambda m,x: body(m, x).sign(),
+    'argmax': lambda m,x: body(m, x).argmax(1), 'mask': lambda m,x: (body(m, x)>0).float().cumsum(3),
+    'before a layer': lambda m,x: m.b2(m.c2((m.b(m.c(x))*30).round()))}
+
+@pytest.mark.parametrize('name', jumps)
+def test_outputs_that_jump(name):
+    for seed in (2, 5):
+        torch.manual_seed(seed)
+        net = Net(jumps[name], c=conv(), b=bn(), c2=conv(8,8), b2=bn()).float()
+        image = torch.randn(4,3,40,40)
+        assert BNFolder().plan(net, image).n_folded==2
+        reports = [BNFolder(), BNFolder()]
+        reports[0].fold(net, image)
+        reports[1].fold_graph(exported(net, image))
+        assert [folder.report.n_folded for folder in reports]==[2, 2], [folder.report.kept for folder in reports]
+
+def test_a_jump_is_said():
+    def forward(m, x): return (body(m, x)*50).round()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        net = Net(forward, c=conv(), b=bn(), c2=conv(8,8), b2=bn()).float()
+        folder = BNFolder()
+        folder.fold(net, torch.randn(4,3,40,40))
+        assert folder.report.n_folded==2
+        if any('jump' in note and 'in float64 only' in note for note in folder.report.notes): return
+    raise AssertionError('no output jumped')
+
+@pytest.mark.parametrize('outside', [lambda y: (y*50).to(torch.int8), torch.round])
+def test_a_wrong_fold_is_found_behind_a_jump(outside):
+    net = Net(lambda m,x: outside(10*by_numpy(m.c, m.b, body(m, x))), c=conv(bias=False), b=bn(), c2=conv(8,8), b2=bn()).float()
+    folder = BNFolder()
+    folder.fold(net, x.float())
+    assert [row.bn for row in folder.report.kept]==['b']
+
+low = {'float32': lambda y: y.float().double(), 'bfloat16': lambda y: y.bfloat16().double(), 'half': lambda y: y.half().double()}
+
+@pytest.mark.parametrize('where', ['between', 'at the end'])
+@pytest.mark.parametrize('name', low)
+def test_a_piece_of_low_precision(name, where):
+    f = low[name]
+    def between(m, x): return m.b2(m.c2(m.b(f(m.c(x))).relu()))
+    def at_the_end(m, x): return f(body(m, x))
+    for seed in range(3):
+        torch.manual_seed(seed)
+        net = Net(between if where=='between' else at_the_end, c=conv(), b=bn(), c2=conv(8,8), b2=bn())
+        image = torch.randn(4,3,24,24).double()
+        folder,graph = BNFolder(),BNFolder()
+        folder.fold(net, image)
+        graph.fold_graph(exported(net, image))
+        assert (folder.report.n_folded, graph.report.n_folded)==(2, 2)
+
+# --- time ------------------------------------------------------------------------------------------
+
+class Branches(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.convs,self.bns = nn.ModuleList(conv() for _ in range(n)),nn.ModuleList(bn() for _ in range(n))
+        randomize_bn(self).double().eval()
+    def forward(self, x): return sum(bn(conv(x)) for conv,bn in zip(self.convs, self.bns))
+
+@pytest.mark.parametrize('n', [16, 64])
+def test_a_sum_of_branches_is_taken_apart_once_for_each(monkeypatch, n):
+    looked = []
+    monkeypatch.setattr(sums, 'summands', lambda *args, of=sums.summands: looked.append(0) or of(*args))
+    program = program_of(Branches(n), (x,))
+    assert make_plan(program).n_folded==n
+    assert len(looked)<=4*n
+
+# --- reasons ---------------------------------------------------------------------------------------
+
+def behind_numpy(m, x): return m.b(torch.from_numpy(m.c(x).numpy()))
+def in_vmap(m, x): return torch.func.vmap(lambda z: m.b(m.c(z[None]))[0])(x)
+reasons = {'numpy': (behind_numpy, 'outside of PyTorch (by NumPy'), 'vmap': (in_vmap, '`torch.func`'), 'constant': (lambda m,x: m.b(m.k)+x.mean(), 'constant of the model'),
+    'divisor': (lambda m,x: m.b(F.avg_pool2d(m.c(x), 2, divisor_override=3)), '`divisor_override`'),
+    'matrix on the left': (lambda m,x: m.b((m.w@m.c(x).flatten(2)).unflatten(2, (6,6))), 'stands on the left'),
+    'two values': (lambda m,x: m.b(m.c(x)@m.c(x)), 'product of two values')}
+
+@pytest.mark.parametrize('name', reasons)
+def test_reasons(name):
+    forward,words = reasons[name]
+    net = Net(forward, c=conv(), b=bn())
+    net.k,net.w = nn.Parameter(torch.randn(1,8,4,4).double()),nn.Parameter(torch.randn(8,8).double())
+    folder = BNFolder()
+    folder.fold(net, x)
+    [row] = folder.report.rows
+    assert not row.folded and words in row.reason
+
+# --- constants -------------------------------------------------------------------------------------
+
+def expanded_index(m, x):
+    y = m.c(x)
+    return m.b(y.gather(1, torch.arange(7, -1, -1).view(1,8,1,1).expand_as(y)))
+def ones_like(m, x):
+    y = m.c(x)
+    return m.b(y+2*torch.ones_like(y))
+def by_dtype(m, x):
+    y = m.c(x)
+    return m.b(y*m.k[:,:,:1,:1].float().type_as(y))
+
+@pytest.mark.parametrize('forward', [expanded_index, ones_like, by_dtype])
+def test_constants_of_the_size_of_a_value(forward):
+    net = Net(forward, c=conv(k=1), b=bn())
+    net.k = nn.Parameter(torch.rand(1,8,16,16).double()+1)
+    assert folded(net, x, others=[(x[:1],), (x[...,:5],)]).n_folded==1
+
+def position(m, x): return m.b(m.c(x)+m.k[:,:,:x.shape[2],:x.shape[3]])
+def narrowed(m, x): return m.b(m.c(x)+m.k.narrow(2, 0, x.shape[2]).narrow(3, 0, x.shape[3]))
+def spread(m, x): return m.b(m.c(x)+m.k[:,:,:1,:1].expand(-1, -1, *x.shape[2:]))
+def factor(m, x): return m.b(m.c(x)*m.k[:,:,:x.shape[2],:x.shape[3]])
+
+@pytest.mark.parametrize('forward', [position, narrowed, spread, factor])
+def test_a_constant_cut_to_a_dynamic_size(forward):
+    net = Net(forward, c=conv(k=1), b=bn())
+    net.k = nn.Parameter(torch.randn(1,8,16,16).double())
+    ep = exported(net, x, dynamic_shapes={'args': ({0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO},)})
+    others = [(x[:1],), (x[...,:5],), (torch.cat([x,x[:,:,:5]], 2),)]
+    report = folded_graph(ep, x, others=others)
+    assert 'rule failed' not in ''.join(row.kind for row in report.rows)
+    assert report.n_folded==(0 if forward is factor else 1)
+
+def test_bn_of_an_expanded_parameter_says_that_it_depends_on_no_input():
+    class Prompt(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p,self.bn,self.conv = nn.Parameter(torch.randn(1,3,1,1)),bn(3),conv(3, 5)
+        def forward(self, x): return self.conv(self.bn(self.p.expand_as(x)))+x.mean()
+    net = randomize_bn(Prompt()).eval()
+    before = net.p.detach().clone()
+    report = folded(net, torch.randn(2,3,9,9))
+    assert [row.kind for row in report.kept]==['constant'] and torch.equal(net.p, before)
