@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['quantize_weight', 'sum_range', 'Observe', 'find_scales']
 
-# %% ../../nbs/integer/05_scales.ipynb #cff7385c
+# %% ../../nbs/integer/05_scales.ipynb #0d2dd8b3
 import torch
 from torch import nn, Tensor
 from torch.ao.quantization.observer import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
@@ -13,7 +13,7 @@ from torch.fx import Interpreter
 from ..fold.inputs import as_args, fresh
 from .layout import *
 
-# %% ../../nbs/integer/05_scales.ipynb #74216afa
+# %% ../../nbs/integer/05_scales.ipynb #be4afe6a
 def quantize_weight(
     weight:Tensor,        # Of a convolution or linear layer
     bits:int,
@@ -28,7 +28,7 @@ def quantize_weight(
     whole = (weight.double()/scale.view(-1,*[1]*(weight.ndim-1))).round()
     return whole.clamp(-top, top).long(), scale
 
-# %% ../../nbs/integer/05_scales.ipynb #cc83ba2f
+# %% ../../nbs/integer/05_scales.ipynb #f0d372fd
 def sum_range(
     weight:Tensor, # Integers
     lo:int,        # The smallest input
@@ -38,7 +38,7 @@ def sum_range(
     ends = torch.stack([(weight*lo).flatten(1), (weight*hi).flatten(1)])
     return ends.amin(0).sum(1), ends.amax(0).sum(1)
 
-# %% ../../nbs/integer/05_scales.ipynb #17a86859
+# %% ../../nbs/integer/05_scales.ipynb #4de49b64
 class Observe(Interpreter):
     "Run a graph in floating point, and show every value to `see`"
     def __init__(self, gm, see):
@@ -64,7 +64,7 @@ def _magnitude(value, span, top):
     if lo==0: return above
     return torch.maximum(above, value.float().neg()*(top/-lo))
 
-# %% ../../nbs/integer/05_scales.ipynb #7ae9fb9d
+# %% ../../nbs/integer/05_scales.ipynb #4acf54ac
 def find_scales(
     gm:torch.fx.GraphModule, # That of the program
     layout:Layout,
