@@ -7,10 +7,11 @@ from .stats import restore # Learner.restore_bn
 from .stats.shift import BNShift # and Learner.bn_shift
 from .deploy import deploy # Learner.deploy
 from .deploy.serve import Deployed
+from .integer.aware import QuantAware # and Learner.integer_net, Learner.remove_quant
 from .integer import export # IntegerNet.export, IntegerNet.follow_engine
 from .integer.fixed_point import FixedPointBN, fixed_point_bn
-from .integer.net import IntegerNet # and Learner.integer_net
+from .integer.net import IntegerNet
 from .integer.steps import FixedPointError
 
 __all__ = ['BNFolder', 'BNShift', 'FoldBN', 'FoldReport', 'FoldPlan', 'Row', 'Affine', 'FoldError', 'StatisticsError', 'TraceError', 'VerificationError',
-           'FoldedError', 'NoDataError', 'DeployError', 'Deployed', 'FixedPointBN', 'FixedPointError', 'IntegerNet', 'fixed_point_bn']
+           'FoldedError', 'NoDataError', 'DeployError', 'Deployed', 'FixedPointBN', 'FixedPointError', 'IntegerNet', 'QuantAware', 'fixed_point_bn']

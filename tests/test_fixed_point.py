@@ -205,7 +205,7 @@ def test_integer_net(bits, seed):
     "Bit-identical to exact arithmetic, for other batch and image sizes, too; close to the network in floating point at 8 bits; the model is not changed"
     m = small(seed); before = copy.deepcopy(m.state_dict())
     net = IntegerNet(m, [torch.randn(8,3,16,16) for _ in range(2)], bits)
-    assert len(net.bns)==5
+    assert len(net.bns)==6 # and an average
     for shape in ((8,3,16,16), (1,3,24,20)):
         x = torch.randn(shape)
         y = net(x); net.exact = True; assert torch.equal(y, net(x)); net.exact = False
@@ -219,10 +219,11 @@ def test_integers_go_from_layer_to_layer():
     seen = []
     for b in net.bns.values(): b.register_forward_hook(lambda b,a,o: seen.append((b, a[0], o)))
     net(torch.randn(4,3,16,16))
-    assert len(seen)==5
+    assert len(seen)==6
     for b,x,y in seen:
-        (lo,hi),c = b.args[2],(1,-1,1,1)
+        (lo,hi),c = b.args[2],(1,-1,*[1]*(x.ndim-2))
         assert not x.is_floating_point() and not y.is_floating_point() and y.min()>=b.qmin and y.max()<=b.qmax
+        lo,hi = (torch.as_tensor(end).expand(x.shape[1]) for end in (lo,hi))
         assert (x>=lo.view(c)).all() and (x<=hi.view(c)).all()
     assert sum(b.qmin<0 for b,_,_ in seen)==2 # before the sums
 
@@ -233,7 +234,7 @@ def test_integer_net_of_a_learner():
     learn = Learner(DataLoaders.from_dsets(data, data[:8], bs=8, num_workers=0), small(), loss_func=CrossEntropyLossFlat())
     state = torch.get_rng_state()
     net = learn.integer_net(4, n=16)
-    assert torch.equal(state, torch.get_rng_state()) and len(net.bns)==5
+    assert torch.equal(state, torch.get_rng_state()) and len(net.bns)==6
     learn.fold_bn(latency=0, validate=False)
     with pytest.raises(FixedPointError, match='no batch norm'): learn.integer_net(4)
 
@@ -246,7 +247,9 @@ def test_trained_parameters(bits):
     learn = Learner(digits_dls(size=16, bs=64), nn.Sequential(small()[:-1], nn.Linear(8,10)))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-2)
     for b in learn.integer_net(bits, n=64).bns.values():
-        bn,s_in,(L,U),s_out,_,signed,rounding = b.args
+        bn,s_in,ends,s_out,_,signed,rounding = b.args
+        L,U = (torch.as_tensor(end).expand(len(b.A)) for end in ends)
+        s_in = torch.as_tensor(s_in).expand(len(b.A))
         for c in range(0, len(b.A), 3):
             one = make(*(getattr(bn, k)[c:c+1].detach() for k in ('weight','bias','running_mean','running_var')), eps=bn.eps)
             lo,hi = int(L[c]),int(U[c])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['round_half_up', 'Ints', 'Sums', 'Learned', 'check_bits', 'int_program', 'IntegerNet', 'nodes_by_name']
 
-# %% ../../nbs/integer/06_net.ipynb #819763fa
+# %% ../../nbs/integer/06_net.ipynb #d670abd0
 import copy, torch
 from dataclasses import dataclass
 from torch import nn, Tensor
@@ -22,7 +22,7 @@ from .scales import *
 from .steps import *
 from .task import *
 
-# %% ../../nbs/integer/06_net.ipynb #92333a92
+# %% ../../nbs/integer/06_net.ipynb #e24fc2a4
 def round_half_up(x:Tensor) -> Tensor:
     "The nearest whole number, of two the upper one: the rounding of a shift"
     return (x+.5).floor()
@@ -56,7 +56,7 @@ def _real(v):
     if isinstance(v, Tensor) and v.is_floating_point(): return v.double()
     return v
 
-# %% ../../nbs/integer/06_net.ipynb #83571bf0
+# %% ../../nbs/integer/06_net.ipynb #ea102563
 def _with_bias(bn, bias):
     "A copy of `bn`, in float64, that subtracts its input's missing bias from the mean"
     bn = copy.deepcopy(bn).double()
@@ -69,10 +69,11 @@ def _only_bias(bias, n_channels):
     if bias is not None: bn.bias.data.copy_(bias)
     return bn
 
-# %% ../../nbs/integer/06_net.ipynb #ec3d2ee1
+# %% ../../nbs/integer/06_net.ipynb #e4a4b05d
 @dataclass
 class Learned:
     "What quantization-aware training found"
+    layout:Layout
     scales:dict  # a value's name → what 1 in its integers stands for
     weights:dict # name of a layer's head → its integer weights, and what 1 stands for per channel
 
@@ -83,14 +84,17 @@ def check_bits(name:str, bits:int):
 def int_program(
     model:nn.Module, # Trained, in evaluation mode
     x,               # A batch of inputs
-    bits:Bits
+    bits:Bits,
+    layout:Layout=None # Of the same model, if it is known
 ) -> tuple:          # `Program`, `Layout`
     "What ran, and its integers; an error if there is no BN among them"
     program = program_of(model, as_args(x))
     for node in program.nodes:
         if writes(node) and program.read_after(node): raise FixedPointError(
             f"{program.where(node)} writes into a value that is read again. Write it without `inplace`.")
-    layout = layout_of(program, bits)
+    if layout is None: layout = layout_of(program, bits)
+    if not {*layout.spans} <= {*nodes_by_name(program)}: raise FixedPointError(
+        "What ran now is not what ran when the quantizers were made. Was the model changed, or the version of torch?")
     if not layout.bns: raise FixedPointError("This model has no batch norm behind a convolution of the input "
                                              "or of other integers (a folded one has none at all).")
     return program, layout
@@ -111,7 +115,7 @@ class IntegerNet(nn.Module):
         expect(len(batches)>0, '`batches`', 'none', 'a few inputs to find the scales with')
         self.bits = Bits(bits, bits, first_bits or bits, last_bits)
         self.rounding,self.exact = rounding,False
-        program,self.layout = int_program(model, batches[0], self.bits)
+        program,self.layout = int_program(model, batches[0], self.bits, learned and learned.layout)
         self.gm,self.n_outputs = program.gm,len(program.outputs)
         self.scale = learned.scales if learned else find_scales(self.gm, self.layout, batches)
         self.heads = {layer.head: layer for layer in self.layout.layers.values()}
@@ -120,7 +124,12 @@ class IntegerNet(nn.Module):
         self._add_clips(program)
         self.to(one_param(model).device)
 
-# %% ../../nbs/integer/06_net.ipynb #9b2f9226
+    @property
+    def nodes(self) -> dict:
+        "name → node of its graph"
+        return nodes_by_name(self.gm.graph)
+
+# %% ../../nbs/integer/06_net.ipynb #85586a6a
 def nodes_by_name(program) -> dict:
     "name → node"
     return {node.name: node for node in program.nodes}
@@ -140,7 +149,7 @@ def _add_weight(self:IntegerNet, program, layer, learned):
     self.weights[layer.head] = weight.to(torch.int8),needs_float64
     return scale, (lo,hi)
 
-# %% ../../nbs/integer/06_net.ipynb #290d3eb8
+# %% ../../nbs/integer/06_net.ipynb #86db825e
 @patch
 def _input_of(self:IntegerNet, program, layer, learned):
     "Scale and range of what the quantizer of `layer` gets"
@@ -178,7 +187,7 @@ def normalize(self:IntegerNet, name:str, x:Tensor) -> Tensor:
     quantizer = self.bns[name]
     return exact_bn(x, *quantizer.args) if self.exact else quantizer(x).long()
 
-# %% ../../nbs/integer/06_net.ipynb #d6a1a5dc
+# %% ../../nbs/integer/06_net.ipynb #ad5b755e
 @patch
 def _add_table(self:IntegerNet, head, layer):
     "What a function gives for every integer"
@@ -195,7 +204,7 @@ def _add_logits(self:IntegerNet, head, bias, scale):
     self.out_scales[head.name] = scale
     if bias is not None: self.out_biases[head.name] = round_half_up(bias/scale).long()
 
-# %% ../../nbs/integer/06_net.ipynb #b4caee3e
+# %% ../../nbs/integer/06_net.ipynb #df350a13
 def _integer_bound(bound, scale):
     if bound is None: return None
     return round_half_up(torch.as_tensor(bound, dtype=torch.float64)/scale).long()
@@ -215,7 +224,7 @@ def _clip(net, name, x):
         if bound is not None: x = limit(x, bound.to(x.device))
     return x
 
-# %% ../../nbs/integer/06_net.ipynb #d5d8f913
+# %% ../../nbs/integer/06_net.ipynb #b1c0ad4f
 def _sum_products(net, node, x):
     "A convolution or linear layer of integers: its sums"
     weight,needs_float64 = net.weights[node.name]
@@ -234,12 +243,12 @@ def _compute(net, layer, node, args):
     divisor = divisor_of(node, x.shape, y.shape)
     return Sums((y*divisor).round().long(), divisor)
 
-# %% ../../nbs/integer/06_net.ipynb #d22dedea
+# %% ../../nbs/integer/06_net.ipynb #52d672c5
 @patch
 def average_of(self:IntegerNet, layer:Layer, divisor:int) -> str:
     "The name of the quantizer of a layer that averages over `divisor` values"
     bn,in_scale,in_range,*others = self.bns[layer.name].args
-    source = next(node for node in self.gm.graph.nodes if node.name==layer.head).args[0].name
+    source = self.nodes[layer.head].args[0].name
     lo,hi = self.layout.spans[source]
     if in_range==(lo*divisor,hi*divisor): return layer.name
     name = f'{layer.name}_over_{divisor}'
@@ -264,7 +273,7 @@ def _as_real(net, node, sums):
     if bias is not None: x = x+bias.to(x.device).view(-1,*[1]*(x.ndim-2))
     return x.double()*net.out_scales[node.name]
 
-# %% ../../nbs/integer/06_net.ipynb #af2bce56
+# %% ../../nbs/integer/06_net.ipynb #4770bbd2
 def _move(net, node, args, kwargs):
     "What works on integers as it does on real numbers"
     name,scale = node.name,net.scale[node.name]
@@ -275,7 +284,7 @@ def _move(net, node, args, kwargs):
     if op_name(node)=='cat': return Ints(_clip(net, name, res.long()), scale)
     return tree_map(lambda v: Ints(v.long(), scale) if isinstance(v, Tensor) else v, res)
 
-# %% ../../nbs/integer/06_net.ipynb #027cfec6
+# %% ../../nbs/integer/06_net.ipynb #9ddb3629
 class _Integers(Interpreter):
     "Run the graph with integers where `net` has them"
     def __init__(self, net, see):
@@ -313,7 +322,7 @@ def forward(self:IntegerNet, *args, see=None):
     with torch.no_grad(): res = _Integers(self, see).run(*fresh(as_args(list(args))))[:self.n_outputs]
     return res[0] if len(res)==1 else res
 
-# %% ../../nbs/integer/06_net.ipynb #d0385a07
+# %% ../../nbs/integer/06_net.ipynb #f42ec201
 @patch
 def layers(self:IntegerNet):
     "A DataFrame: every layer with its kind, bits and shift, and what stays in floating point, with the reason"

@@ -7,14 +7,14 @@ __all__ = ['import_onnx', 'OnnxGraph', 'Stored', 'Products', 'partial_bound', 's
            'conv_integer_sums', 'line_levels', 'Line', 'float_line', 'line_staircase', 'shift_staircase', 'dequantized',
            'quantized', 'clipped', 'engine_layer', 'added', 'concatenated', 'looked_up', 'products_of', 'real_sums']
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #ae2d3665
+# %% ../../nbs/integer/11_onnx_forms.ipynb #be9e6664
 import numpy as np
 from dataclasses import dataclass, replace
 from .engine_scale import *
 from .staircase import *
 from .steps import *
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #afe6cfff
+# %% ../../nbs/integer/11_onnx_forms.ipynb #0d623b9d
 def import_onnx():
     "The package `onnx`; a `FixedPointError` if it is missing"
     try: import onnx
@@ -69,7 +69,7 @@ class OnnxGraph:
         graph = helper.make_graph(self.nodes, 'integer', ports, ends, constants)
         return helper.make_model(graph, opset_imports=[helper.make_opsetid('', 21)], ir_version=10)
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #a667527e
+# %% ../../nbs/integer/11_onnx_forms.ipynb #1035690c
 @dataclass(frozen=True)
 class Stored:
     "Integers of a graph, in `uint8`: `value + zero`"
@@ -89,7 +89,7 @@ class Stored:
         "The largest integer that is stored"
         return self.hi+self.zero
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #5ecc3dc6
+# %% ../../nbs/integer/11_onnx_forms.ipynb #27a22dcb
 @dataclass
 class Products:
     "The integer weight of a convolution or linear layer, and how it meets its input"
@@ -127,7 +127,7 @@ def summing(n_channels:int, kernel:tuple, stride:tuple, padding:tuple) -> Produc
     ones = np.ones((n_channels,1,*kernel), np.int64)
     return Products(ones, tuple(stride), tuple(padding), (1,)*len(kernel), n_channels)
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #9ca6ae69
+# %% ../../nbs/integer/11_onnx_forms.ipynb #844c6d71
 def _channels_last(graph, x):
     n = len(x.shape)
     return graph('Transpose', x.name, perm=[0,*range(2, n),1])
@@ -167,7 +167,7 @@ def conv_integer_sums(graph:OnnxGraph, x:Stored, products:Products) -> str:
     "The sums as int32, channels first, by the operator made for it"
     return graph('ConvInteger', x.name, products.weight.astype(np.int8), x.zero_point, **products.options())
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #e4e56edb
+# %% ../../nbs/integer/11_onnx_forms.ipynb #7e5b31be
 def line_levels(x:np.ndarray, slope:np.ndarray, shift:np.ndarray, fused:bool=False) -> np.ndarray:
     "`floor(x·slope + shift)` in the type of `slope`; `fused`: rounded once instead of twice"
     if not fused: return np.floor(x.astype(slope.dtype)*slope+shift)
@@ -228,7 +228,7 @@ def float_line(
         if len(left)>n//4: break # float32 is too coarse for such a layer
     return Line(np.where(task.mirrored, -slope, slope), shift, task.qmax-task.qmin, dict(zip(('twice','once'), wrong)))
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #adf645ad
+# %% ../../nbs/integer/11_onnx_forms.ipynb #ddebec7a
 def _as_row(v, n_positions): return v.reshape(-1, *[1]*n_positions)
 
 def line_staircase(
@@ -256,7 +256,7 @@ def shift_staircase(
     y = graph('Clip', y, np.int64(0), np.int64(((top+1) << n)-1))
     return graph.cast(graph('BitShift', graph.cast(y, np.uint64), np.uint64(n), direction='RIGHT'), np.uint8)
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #7d6604da
+# %% ../../nbs/integer/11_onnx_forms.ipynb #88c02dfe
 def dequantized(graph:OnnxGraph, x:Stored) -> str:
     "float32 of the integers themselves"
     return graph('DequantizeLinear', x.name, np.float32(1), x.zero_point)
@@ -288,7 +288,7 @@ def engine_layer(
     if one_position:
         weight = weight[:,:,None]
         values = graph('Unsqueeze', values, np.array([2]))
-        products = Products(weight, (1,), (0,), (1,))
+        products = Products(weight, (1,), (0,), (1,), products.groups)
     # ONNX Runtime may write a weight and its zero point anew, and stumbles where two weights share one
     zeros = graph.constant(np.zeros(len(weight), np.int8), own=True)
     weight = graph('DequantizeLinear', graph.constant(weight, own=True), found.scale, zeros, axis=0)
@@ -297,7 +297,7 @@ def engine_layer(
     y = quantized(graph, sums, found.qmin, found.qmax, shape)
     return replace(y, name=graph('Squeeze', y.name, np.array([2]))) if one_position else y
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #dd4f4e6e
+# %% ../../nbs/integer/11_onnx_forms.ipynb #1ba8fbd7
 def added(graph:OnnxGraph, x:Stored, other:Stored, lo:int, hi:int) -> Stored:
     "`x + other`, between `lo` and `hi`"
     return quantized(graph, graph('Add', dequantized(graph, x), dequantized(graph, other)), lo, hi, x.shape)
@@ -318,7 +318,7 @@ def looked_up(graph:OnnxGraph, x:Stored, table:np.ndarray, lo:int, hi:int) -> St
     whole[x.lo+x.zero:x.hi+x.zero+1] = np.asarray(table)+zero
     return Stored(graph('Gather', whole, graph.cast(x.name, np.int32)), lo, hi, x.shape, zero)
 
-# %% ../../nbs/integer/11_onnx_forms.ipynb #c3540d84
+# %% ../../nbs/integer/11_onnx_forms.ipynb #b772808c
 def products_of(graph:OnnxGraph, x:Stored, other:Stored) -> str:
     "`x·other` as float32, exact; shapes as in NumPy"
     return graph('Mul', dequantized(graph, x), dequantized(graph, other))

@@ -6,7 +6,7 @@
 __all__ = ['Step', 'fake_quantize', 'WeightQuantizer', 'ValueQuantizer', 'InputQuantizer', 'RunHooks', 'Quantizers',
            'quantizers_of', 'first_step', 'attach_quantizers']
 
-# %% ../../nbs/integer/07_quantizers.ipynb #d144d5cd
+# %% ../../nbs/integer/07_quantizers.ipynb #001db8ea
 import torch
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .net import *
 from .scales import *
 from .steps import *
 
-# %% ../../nbs/integer/07_quantizers.ipynb #a4f756f6
+# %% ../../nbs/integer/07_quantizers.ipynb #e7067f99
 class Step(nn.Module):
     "What 1 stands for, learned: one number, or one per output channel. It is float32, whatever the model is"
     def __init__(self, value):
@@ -57,7 +57,7 @@ def fake_quantize(
     "The nearest of the numbers `lo·step`, …, `hi·step`"
     return _FakeQuantize.apply(x, step, lo, hi, n)
 
-# %% ../../nbs/integer/07_quantizers.ipynb #adb3df5f
+# %% ../../nbs/integer/07_quantizers.ipynb #e195ab29
 def _column(step, weight): return step.view(-1,*[1]*(weight.ndim-1))
 
 class WeightQuantizer:
@@ -106,7 +106,7 @@ class WeightQuantizer:
         has_bias = self.input_step is not None and module.bias is not None
         return ['weight','bias'] if has_bias else ['weight']
 
-# %% ../../nbs/integer/07_quantizers.ipynb #1e159058
+# %% ../../nbs/integer/07_quantizers.ipynb #4f87734d
 @dataclass
 class ValueQuantizer:
     "Quantizes one value of the network"
@@ -145,7 +145,7 @@ class RunHooks:
         point = self.point()
         return args if point is None else (point(args[0]), *args[1:])
 
-# %% ../../nbs/integer/07_quantizers.ipynb #e60a525a
+# %% ../../nbs/integer/07_quantizers.ipynb #ee370bed
 def _last_nodes(program) -> dict:
     "id of a call → what ran last in it"
     last = {}
@@ -171,7 +171,7 @@ def _run_of(program, call):
     "The how manyth run of its module is `call`?"
     return [other for other in program.calls if other.module is call.module].index(call)
 
-# %% ../../nbs/integer/07_quantizers.ipynb #91634e64
+# %% ../../nbs/integer/07_quantizers.ipynb #d43fb90a
 class Quantizers:
     "The quantizers of a model, and where they hang. Nothing is quantized before they are attached (`attach_quantizers`)"
     def __init__(self,
@@ -204,7 +204,7 @@ def quantizers_of(model:nn.Module) -> Quantizers|None:
     "Those that are attached to `model`"
     return vars(model).get('quantizers')
 
-# %% ../../nbs/integer/07_quantizers.ipynb #83ec1bdb
+# %% ../../nbs/integer/07_quantizers.ipynb #febc4294
 def _narrows(program, layout, node):
     "Is the span of `node` smaller than what it is made of would give?"
     if clip_of(program, node) is not None: return True
@@ -262,7 +262,7 @@ class _Hanging:
         low,high = clip_of(self.program, self.nodes[layer.clip])
         return high is None and not isinstance(low, Tensor) and low==0
 
-# %% ../../nbs/integer/07_quantizers.ipynb #47156d4c
+# %% ../../nbs/integer/07_quantizers.ipynb #3329e5c2
 def first_step(weight:Tensor, bits:int, per_channel:bool) -> Tensor:
     "A step to begin with: of each output channel, or one for all"
     top = 2**(bits-1)-1
@@ -296,7 +296,7 @@ def weight(self:_Hanging, layer):
     quantizers.own(module, 'weight', step)
     quantizers.handles += quantizer.attach(module)
 
-# %% ../../nbs/integer/07_quantizers.ipynb #5f6c27c6
+# %% ../../nbs/integer/07_quantizers.ipynb #7774ae89
 def attach_quantizers(
     model:nn.Module, # Trained in floating point; from now on its values are quantized
     batches:list,    # A few inputs, for the first scales
@@ -336,7 +336,7 @@ def off(self:Quantizers):
     try: yield
     finally: self.active = True
 
-# %% ../../nbs/integer/07_quantizers.ipynb #addb807a
+# %% ../../nbs/integer/07_quantizers.ipynb #94ecbf0f
 @patch
 def learned(self:Quantizers) -> Learned:
     "The steps, and the integers of the weights"
@@ -346,7 +346,7 @@ def learned(self:Quantizers) -> Learned:
         weight = self.modules[head].weight
         steps = quantizer.step().detach().double().expand(len(weight))
         weights[head] = quantizer.integers(weight), steps
-    return Learned(scales, weights)
+    return Learned(self.layout, scales, weights)
 
 @patch
 def integer_net(self:Quantizers, model:nn.Module) -> IntegerNet:
