@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['inputs_to_measure', 'QuantAware']
 
-# %% ../../nbs/integer/08_aware.ipynb #83884678
+# %% ../../nbs/integer/08_aware.ipynb #0b2ad1b2
 from fastai.callback.core import Callback
 from fastai.learner import Learner
 from fastai.torch_core import one_param, to_device
@@ -18,7 +18,7 @@ from .steps import *
 from .task import *
 from ..learner.training import n_training, require_unfolded, training_items
 
-# %% ../../nbs/integer/08_aware.ipynb #bccf7db1
+# %% ../../nbs/integer/08_aware.ipynb #9a6e338b
 def inputs_to_measure(learn, n:int) -> list:
     "Batches of inputs, of `n` items of training data, on the model's device"
     n_training(learn) # an error if there are none
@@ -42,7 +42,7 @@ def _set_steps(learn, steps):
         learn.opt.state[step].update(do_wd=False, force_train=True)
         step.requires_grad_()
 
-# %% ../../nbs/integer/08_aware.ipynb #48c7c1de
+# %% ../../nbs/integer/08_aware.ipynb #b6898449
 class QuantAware(Callback):
     "Quantization-aware training: from this fit on, values are quantized wherever `learn.integer_net` has integers, with learned steps"
     order = -5 # when the model is on its device, and before `lr_find` or a tracker saves it
@@ -74,7 +74,7 @@ class QuantAware(Callback):
             self.learn.create_opt()
             raise
 
-# %% ../../nbs/integer/08_aware.ipynb #6d5fae0a
+# %% ../../nbs/integer/08_aware.ipynb #8c653d7f
 @patch
 def remove_quant(self:Learner):
     "Take the quantizers of `QuantAware` away. The weights are those that training found, not rounded"
