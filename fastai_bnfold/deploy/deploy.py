@@ -23,6 +23,7 @@ from ..learner.training import n_items_of
 from ..learner.fold import fold_report, is_folded
 from .engines import *
 from .batches import *
+from .bits import *
 from .export import *
 from .parity import *
 from .precision import *
@@ -121,7 +122,7 @@ def make_card(
     now = datetime.now(timezone.utc).isoformat(timespec='seconds')
     return dict(name=name, format=1, backend=backend, created=now, versions=_versions(backend),
                 files={file.name: sha256(file) for file in files}, inputs=_input_facts(exported, args),
-                fold=_fold_facts(exported.report))
+                fold=exported.report and _fold_facts(exported.report))
 
 # %% ../../nbs/deploy/08_deploy.ipynb #930e9cc9
 def _called(o): return getattr(o, '__name__', None) or type(o).__name__
@@ -213,13 +214,14 @@ def deploy(self:Learner,
     dl=None,                # Data to check on, with or without labels (`learn.dls.test_dl(items)`); the validation set if left out
     precision:str='f32',    # Or 'int8', 'bf16': for them `max_drop` counts, instead of `tol` and `max_changed`
     max_drop:float=1.,      # Points (hundredths) by which the first metric may get worse
-    n_calib:int=256         # Items of training data to find the ranges of int8 with
+    n_calib:int=256,        # Items of training data to find the ranges of integers with
+    bits:int=None           # The network of `learn.integer_net(bits)`, with every integer exact; those of `QuantAware` if left out. For 'onnx', 'openvino'; `max_drop` counts
 ) -> Deployed:              # `.predict(items)`
     """Fold a copy of the model, export it for an engine, check it on the validation set (or `dl`),
     and write it with all that is needed to serve it. The Learner is not changed"""
     path = Path(path).expanduser().absolute()
     check_target(path, backend)
-    wanted = TargetPrecision(precision, backend, max_drop, n_calib)
+    wanted = target_of(self, backend, precision, bits, max_drop, n_calib)
     with same_random(), _in_words(path, backend):
         dl = check_dl(self, dl)
         args,model = example_batch(self, dl),_copy(self.model)
@@ -233,10 +235,8 @@ def deploy(self:Learner,
 def _deploy(learn, model, args, dl, tmp, path, backend, n_check, tol, max_changed, wanted):
     "Write everything into the folder `tmp`; the `Deployed`"
     _check_space(model, tmp, path.parent)
-    tensors = tuple(tensors_of(args))
-    exported = export_checked(flat_model(model, args), tensors, wanted.written_by, tmp, tol)
-    exported,facts = wanted.apply(exported, learn, tmp)
-    card = make_card(path.name, backend, tmp, exported, tensors) | facts
+    exported,facts = wanted.write(learn, model, args, tmp, tol)
+    card = make_card(path.name, backend, tmp, exported, tuple(tensors_of(args))) | facts
     card['fold'] = learner_fold(learn, card['fold'])
     card['learner'] = learner_facts(learn)
     with evaluating(model): out = model(*fresh(args))

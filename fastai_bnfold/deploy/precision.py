@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['precisions', 'import_quantization', 'TargetPrecision', 'calibration_batches', 'Calibration', 'quantize_onnx',
-           'integer_ops', 'is_lower_better', 'points_worse']
+           'integer_ops', 'to_openvino', 'is_lower_better', 'points_worse']
 
 # %% ../../nbs/deploy/09_precision.ipynb #addbcfa9
 import logging, math, re
@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 from fastai.learner import Learner
 from fastcore.basics import patch
 from ..errors import *
@@ -22,7 +23,8 @@ from ..fold.inputs import tensors_of
 from ..learner.batches import inputs_of
 from ..learner.training import n_training, training_items
 from .engines import *
-from .export import Exported
+from .batches import flat_model
+from .export import Exported, export_checked
 
 # %% ../../nbs/deploy/09_precision.ipynb #58bb93ad
 precisions = {'f32': 'float32', 'bf16': 'bfloat16', 'int8': '8-bit integers'}
@@ -154,7 +156,10 @@ def integer_ops(file) -> tuple:
     return on_integers,on_floats
 
 # %% ../../nbs/deploy/09_precision.ipynb #0725b27a
-def _to_openvino(file, folder):
+def to_openvino(
+    file:Path,  # An ONNX file
+    folder:Path # Where its successor goes
+) -> str:       # The name of that
     "A quantized ONNX file in OpenVINO's format, in its place"
     ov = import_openvino()
     ov.save_model(ov.convert_model(str(file)), str(folder/'model.xml'), compress_to_fp16=False)
@@ -173,7 +178,7 @@ def _integers(exported, learn, folder, wanted):
     _require(_heavy & set(on_integers), "No convolution and no matrix product of this model "
              f"has a form with 8-bit integers (it has {', '.join(on_floats) or 'none'}).")
     file.replace(before)
-    name = _to_openvino(before, folder) if wanted.backend=='openvino' else exported.file
+    name = to_openvino(before, folder) if wanted.backend=='openvino' else exported.file
     return name,dict(quantizer=f"onnxruntime {version('onnxruntime')}", n_calib=reader.n_items, on_integers=dict(on_integers), on_floats=dict(on_floats))
 
 @patch
@@ -189,6 +194,18 @@ def apply(self:TargetPrecision,
     run = load_engine(self.backend, folder/file, None, self.name)
     def call(*arrays): return run(dict(zip(exported.names, arrays)))
     return exported._replace(file=file, run=call),facts
+
+@patch
+def write(self:TargetPrecision,
+    learn:Learner,
+    model:nn.Module, # A copy of the Learner's, on the CPU
+    args:tuple,      # An example batch
+    to:Path,         # An empty folder
+    tol:float        # Largest difference of the outputs in float32, over their largest magnitude
+) -> tuple:          # An `Exported`, and what a card says of it
+    "Fold, write, load again, and change to this precision"
+    exported = export_checked(flat_model(model, args), tuple(tensors_of(args)), self.written_by, to, tol)
+    return self.apply(exported, learn, to)
 
 # %% ../../nbs/deploy/09_precision.ipynb #664d4329
 _lower_words = set('err mse rmse mae msle rmsle mape smape rmspe brier hamming perplexity ppl'.split())

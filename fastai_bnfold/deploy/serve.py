@@ -223,5 +223,5 @@ class Deployed:
         size = sum(file.stat().st_size for file in self.path.iterdir())
         kind = '' if self.precision=='f32' else f', {self.precision}'
         return (f"{self.card['name']}: {self.card['backend']}{kind}, {size/1e6:.1f} MB; "
-                f"{fold['n_folded']} of {fold['n_bn']} batch norms folded; "
+                f"{fold['n_folded']} of {fold['n_bn']} batch norms {'on integers' if 'integers' in self.card else 'folded'}; "
                 f"{parity['n_changed']} of {parity['n_items']:,} predictions changed, max_err {parity['max_err']:.1e}")
