@@ -7,13 +7,14 @@ bits begins anew: a few epochs of `learn.fit_one_cycle(..., cbs=QuantAware(bits)
 """
 import json, tempfile
 from pathlib import Path
-import numpy as np, onnxruntime, pandas as pd
+import numpy as np, onnxruntime
 from fastai.vision.all import *
 from copy import deepcopy
 from fastcore.script import call_parse
 from torch.utils.data import DataLoader as TorchLoader, Dataset
 from fastai_bnfold.all import *
 from fastai_bnfold.integer.quantizers import quantizers_of
+from fastai_bnfold.fold.report import text_table
 from fastai_bnfold.lab.command import machine
 from fastai_bnfold.lab.training import AutocastCPU
 from shift import arrays, augmented, normalized, trained
@@ -75,3 +76,63 @@ def outputs(model, x): return torch.cat([model(normalized(part)) for part in x.s
 
 def accuracy_of(outs, y): return (outs.argmax(1)==y).float().mean().item()
 def changed(outs, others): return (outs.argmax(1)!=others.argmax(1)).sum().item()
+
+def judged(net, outs, x, y):
+    "Accuracy of an integer network, and how many predictions are others than `outs`"
+    found = outputs(net, x)
+    return dict(accuracy=accuracy_of(found, y), changed=changed(found, outs))
+
+def after_training(model, images, bits, outs):
+    "Without training: the scales of 128 images"
+    x,y = images['val']
+    few = normalized(images['train'][0][:128,:,4:68,4:68])
+    return judged(IntegerNet(model, [few[:64],few[64:]], bits, first_bits=8), outs, x, y)
+
+def of_the_file(net, x, outs):
+    "The exported network in ONNX Runtime: predictions that are others than `outs`; values with integers that are others, for 64 images"
+    with tempfile.TemporaryDirectory() as folder:
+        card = net.export(Path(folder)/'net.onnx', normalized(x[:1]), integers=True)
+        session = onnxruntime.InferenceSession(str(Path(folder)/'net.onnx'), providers=['CPUExecutionProvider'])
+    found = [session.run(None, {session.get_inputs()[0].name: normalized(part).numpy()}) for part in x.split(64)]
+    seen,first = {},normalized(x[:64])
+    net(first, see=lambda name, value: seen.update({name: value.numpy()}))
+    names = [name.removeprefix('integers_') for name in card.integers]
+    other = [name for name,ints in zip(names, found[0][net.n_outputs:]) if not np.array_equal(ints, seen[name])]
+    predictions = torch.cat([torch.from_numpy(outs[0]) for outs in found])
+    return dict(card=str(card), changed=changed(predictions, outs), values=len(names), values_that_differ=len(other))
+
+def facts(network, images, cache):
+    "Everything about a network"
+    x,y = images['val']
+    model = trained(network, images, cache)
+    outs = outputs(model, x)
+    res = dict(float=accuracy_of(outs, y), after={bits: after_training(model, images, bits, outs) for bits in (8,4,2)}, aware={})
+    for bits in recipes:
+        quantized = aware(network, bits, model, images, cache)
+        net = quantizers_of(quantized).integer_net(quantized)
+        wide = deepcopy(quantized).double()
+        fake,fake64,whole = outputs(quantized, x),outputs(lambda x: wide(x.double()), x),outputs(net, x)
+        res['aware'][bits] = recipes[bits] | dict(accuracy=accuracy_of(fake, y), changed_from_float=changed(fake, outs), integer=accuracy_of(whole, y),
+            changed_float32=changed(fake, whole), changed_float64=changed(fake64, whole), max_err_float64=((fake64-whole).abs().max()/whole.abs().max()).item(),
+            file=of_the_file(net, x, whole))
+    print(network, res, flush=True)
+    return res
+
+@call_parse
+def main(
+    networks:str='resnet18/0,resnet18/1,mobilenet/0,mobilenet/1', # Names and seeds, with commas
+    cache:str='aware_cache',  # Where images and weights are kept
+    out:str='benchmarks/results/aware.json' # Where the figures go
+):
+    "Few bits, after training and aware"
+    torch.set_num_threads(1)
+    Path(cache).mkdir(exist_ok=True)
+    images = arrays(os.environ.get('IMAGENETTE', ''), cache)
+    res = json.loads(Path(out).read_text()) if Path(out).exists() else {}
+    res['machine'] = machine()
+    for network in networks.split(','):
+        res[network] = facts(network, images, cache)
+        Path(out).write_text(json.dumps(res, indent=1))
+    rows = [[network, f"{found['float']:.4f}", *(f"{v['accuracy']:.4f}" for v in (*found['after'].values(), *found['aware'].values()))]
+            for network,found in res.items() if network!='machine']
+    print(text_table(['accuracy','float','8 bits after','4 after','2 after','4 aware','2 aware'], rows))

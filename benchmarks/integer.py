@@ -1,10 +1,12 @@
 """Integer networks in engines: what their arithmetic is, and how fast it is.
 
-    python benchmarks/integer.py [--parts engines,channels,latency,resnet50] [--out benchmarks/results/integer.json]
+    python benchmarks/integer.py [--parts engines,channels,coverage,latency,resnet50] [--out benchmarks/results/integer.json]
 
 - `engines`: ONNX Runtime and OpenVINO on quantizers and convolutions of integers, beside the same in NumPy, rounding by rounding. A count of 0
   means that the formula is what the engine computes, for all of the millions of values that were tried.
 - `channels`: how many channels have a multiplier, a bias and a scale with which the engine is exact, by bits.
+- `coverage`: 14 networks of torchvision with random weights and statistics, 4 bits: which layers are integers, and are all integers of the file those
+  of the network for an image?
 - `latency`: ResNet-18 of width 64 with a 3×3 stem at 64 px, batch 1, one thread: the folded network in float32, its exports as integers, and
   ONNX Runtime's own static int8, in ONNX Runtime and OpenVINO; interleaved rounds in random order, ratios of medians, of the time that passed and of
   the processor's (which other programs on the machine disturb less).
@@ -251,11 +253,51 @@ def resnet50_facts(size=224, bits=4):
     res['inputs beyond the largest integer'] = int((abs(images)>127.5*scale).sum())
     return res
 
-parts_of = dict(engines=engine_facts, channels=channel_facts, latency=latency_facts, resnet50=resnet50_facts)
+# Which networks
+
+families = dict(resnet18=64, resnet50=64, vgg16_bn=224, mobilenet_v2=64, mobilenet_v3_small=64, mnasnet0_5=64, densenet121=64, efficientnet_b0=64,
+                googlenet=64, inception_v3=96, shufflenet_v2_x0_5=64, regnet_x_400mf=64, regnet_y_400mf=64, resnext50_32x4d=64) # → pixels
+
+def family_facts(name, size, bits=4):
+    "How much of a network of torchvision, with random weights and statistics, is integers; are those of its file the same for an image?"
+    import torchvision
+    torch.manual_seed(0)
+    options = dict(init_weights=False) if name in ('googlenet','inception_v3') else {}
+    model = randomize_bn(torchvision.models.get_model(name, weights=None, **options)).eval()
+    images = torch.randn(4, 3, size, size)
+    net = IntegerNet(model, [images], bits)
+    seen,n_bn = {},sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    net(images[:1], see=lambda name, value: seen.update({name: value.numpy()}))
+    with tempfile.TemporaryDirectory() as folder:
+        card = net.export(Path(folder)/'net.onnx', images[:1], integers=True)
+        runtime = onnxruntime_all((Path(folder)/'net.onnx').read_bytes())
+    found = dict(zip(card.integers, runtime(images[:1].numpy())[net.n_outputs:]))
+    other = [value for value,ints in found.items() if not np.array_equal(ints, seen[value.removeprefix('integers_')])]
+    kinds = net.layers().kind.value_counts().to_dict()
+    return dict(pixels=size, n_bn=n_bn, bns_on_integers=len(net.layout.bns),
+                kinds=kinds, real=net.layout.reasons, card=str(card), exact={engine: card.is_exact(engine) for engine in engines},
+                values=len(found), values_that_differ=len(other))
+
+def onnxruntime_all(model):
+    "The same as `onnxruntime_of`, to all outputs"
+    import onnxruntime
+    engine = onnxruntime.InferenceSession(model, providers=['CPUExecutionProvider'])
+    name = engine.get_inputs()[0].name
+    return lambda x: engine.run(None, {name: x})
+
+def coverage_facts():
+    "Layers on integers in 14 networks of torchvision"
+    res = {}
+    for name,size in families.items():
+        res[name] = family_facts(name, size)
+        print(name, res[name], flush=True)
+    return res
+
+parts_of = dict(coverage=coverage_facts, engines=engine_facts, channels=channel_facts, latency=latency_facts, resnet50=resnet50_facts)
 
 @call_parse
 def main(
-    parts:str='engines,channels,latency,resnet50', # Which, with commas
+    parts:str='engines,channels,coverage,latency,resnet50', # Which, with commas
     out:str='benchmarks/results/integer.json' # Where the figures go
 ):
     "Integer networks in engines"
