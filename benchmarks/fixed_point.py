@@ -70,7 +70,8 @@ def network(learn, n_end):
     for bits in (2,4,8):
         t = time.perf_counter(); net = learn.integer_net(bits); t = time.perf_counter()-t
         layers = {}
-        for name,b in net.bns.items():
+        for name in net.layout.bns.values():
+            b = net.bns[name]
             f = b.figures
             wrong,inputs = float32_wrong(*b.args)
             layers[name] = dict(channels=len(b.A), **{k: f[k] for k in ('n','bits_A','bits_B','accumulator','plain','multiplier')}, dtype=str(b.dtype), float32_wrong=wrong, inputs=inputs,
