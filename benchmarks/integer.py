@@ -21,6 +21,7 @@ from fastcore.script import call_parse
 from torch import nn
 from fastai_bnfold.deploy.engines import import_openvino, signal_stack_kept
 from fastai_bnfold.fold.folder import BNFolder
+from fastai_bnfold.fold.ops import op_name
 from fastai_bnfold.fold.report import text_table
 from fastai_bnfold.fold.testing import randomize_bn
 from fastai_bnfold.integer.engine_scale import engine_arithmetic, engine_scale
@@ -266,7 +267,7 @@ def family_facts(name, size, bits=4):
     model = randomize_bn(torchvision.models.get_model(name, weights=None, **options)).eval()
     images = torch.randn(4, 3, size, size)
     net = IntegerNet(model, [images], bits)
-    seen,n_bn = {},sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    seen,n_bn = {},sum(op_name(node)=='batch_norm' for node in net.nodes.values()) # those that run
     net(images[:1], see=lambda name, value: seen.update({name: value.numpy()}))
     with tempfile.TemporaryDirectory() as folder:
         card = net.export(Path(folder)/'net.onnx', images[:1], integers=True)

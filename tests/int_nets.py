@@ -60,7 +60,9 @@ class Shuffle(nn.Module):
         self.branch = nn.Sequential(*conv_bn(n//2, n//2), nn.ReLU())
     def forward(self, x):
         a,b = x.chunk(2, 1)
-        return torch.cat([a, self.branch(b)], 1)
+        y = torch.cat([a, self.branch(b)], 1)
+        n,c,h,w = y.shape
+        return y.view(n, 2, c//2, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 class PerChannel(nn.Module):
     "A clamp with bounds of its own for every channel"

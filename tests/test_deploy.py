@@ -137,6 +137,9 @@ def test_fixed_image_size(images, tmp_path):
         assert m.card['inputs'][0]['shape']==[None,3,32,32]
         with pytest.raises(DeployError, match=r'does not take this batch: input of shape \(1, 3, 40, 40\)'): m(np.zeros((1,3,40,40)))
 
+def test_missing_folders_are_made(learn, tmp_path):
+    assert learn.deploy(tmp_path/'out'/'models'/'m', 'eager').path==tmp_path/'out'/'models'/'m'
+
 class ByData(nn.Module):
     def __init__(self): super().__init__(); self.n = net()
     def forward(self, x): return self.n(x) if x.mean()>-100 else self.n(-x)
@@ -147,7 +150,7 @@ def test_bad_input(learn, images, tmp_path):
         assert left(tmp_path)==kept
     kept = []
     fails("Unknown backend 'tensorrt'. Expected one of: onnx, openvino, torch, eager", backend='tensorrt')
-    fails('Cannot write to', tmp_path/'no'/'m')
+    fails('decides by the values of its data', tmp_path/'no'/'such'/'m', l=learner(learn.dls, ByData())) # and the folders are gone
     fails('decides by the values of its data', l=learner(learn.dls, ByData()))
     (tmp_path/'file').write_text('x'); (tmp_path/'folder').mkdir(); (tmp_path/'folder'/'x').write_text('x'); kept = ['file','folder']
     fails('exists and is no deployment', tmp_path/'file'); fails('exists and is no deployment', tmp_path/'folder'); fails('Cannot write', tmp_path/'file'/'m')

@@ -70,8 +70,9 @@ def _one_class(out, spec, size):
     "Of each item the most probable class"
     axis = spec.get('axis') or 1
     probs,vocab = softmax(out, axis),spec['vocab']
-    def label(i): return vocab[i] if vocab and not i.ndim else i # (a map of classes stays a map)
-    return [Prediction(label(i), i, p) for i,p in zip(probs.argmax(axis), probs)]
+    def plain(i): return i if i.ndim else int(i) # (a map of classes stays a map)
+    def label(i): return vocab[i] if vocab and not i.ndim else plain(i)
+    return [Prediction(label(i), plain(i), p) for i,p in zip(probs.argmax(axis), probs)]
 
 def _any_classes(out, spec, size):
     "Of each item the classes that are more probable than `thresh`"

@@ -79,6 +79,7 @@ def plot(self:FoldPlan,
         if mine: ax.scatter(*zip(*mine), s=70, c=colour, edgecolors='#555555', zorder=2, label={'gone': 'BN, folded', 'kept': 'BN, kept', 'clamp': 'other bounds', 'layer': 'takes a map in'}.get(kind, 'other'))
     if len(nodes)<=30 if labels is None else labels:
         for node in nodes: ax.annotate(self.program.label(node), at[node], xytext=(0,-15), textcoords='offset points', ha='center', fontsize=7, color='#555555')
-    ax.set_axis_off(); ax.margins(.06, .3)
-    ax.legend(loc='upper left', bbox_to_anchor=(0,1.12), ncols=5, fontsize=7, frameon=False)
+    ax.set_axis_off()
+    ax.set(xlim=(min(xs)-.7, max(xs)+.9), ylim=(min(ys)-1, max(ys)+.7))
+    ax.legend(loc='lower left', bbox_to_anchor=(0,1), ncols=5, fontsize=9, frameon=False)
     return ax
