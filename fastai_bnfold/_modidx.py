@@ -2352,6 +2352,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fastai_bnfold/integer/scales.py'),
                                               'fastai_bnfold.integer.scales._tops': ( 'integer/scales.html#_tops',
                                                                                       'fastai_bnfold/integer/scales.py'),
+                                              'fastai_bnfold.integer.scales.check_inputs': ( 'integer/scales.html#check_inputs',
+                                                                                             'fastai_bnfold/integer/scales.py'),
                                               'fastai_bnfold.integer.scales.find_scales': ( 'integer/scales.html#find_scales',
                                                                                             'fastai_bnfold/integer/scales.py'),
                                               'fastai_bnfold.integer.scales.quantize_weight': ( 'integer/scales.html#quantize_weight',

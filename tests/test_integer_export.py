@@ -436,8 +436,7 @@ def test_outputs_are_those_of_the_network(name, bits, integer_nets):
 @pytest.mark.parametrize('name', names)
 def test_openvino_agrees_where_the_card_says_so(name, integer_nets):
     net = integer_nets(name, 4)
-    span = 100*net.scale[next(iter(net.scale))]
-    x = (example(name)*10).round().clamp(-100, 100)/100*span # far from ties
+    x = example(name)*2 # any numbers, and some beyond the largest integer
     model,card = onnx_model(net, (x[:1],))
     want = net(x).numpy()
     assert card.is_exact('openvino') and abs(run_openvino(model, x.numpy())-want).max()<=1e-5*abs(want).max()
@@ -490,8 +489,7 @@ def test_eight_bits_are_exact_in_another_form(integer_nets):
 def test_six_bits_in_both_engines(name, run, engine, integer_nets):
     "Sums and staircases in float32, for the engine that is asked for"
     net = integer_nets(name, 6)
-    scale = net.scale[next(iter(net.scale))]
-    x = (example(name)*30).round().clamp(-120, 120)*scale # far from ties
+    x = example(name)*2
     model,card = onnx_model(net, (x[:1],), engine=engine, names=['x'])
     want = net(x).numpy()
     assert card.is_exact(engine) and abs(run(model, x.numpy())-want).max()<=1e-5*abs(want).max()
