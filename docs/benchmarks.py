@@ -13,9 +13,10 @@ plt.rcParams |= {'svg.fonttype': 'none', 'font.size': 10, 'axes.spines.top': Fal
 # Result → its title, and the command where it is not `benchmarks/NAME.py`
 TITLES = dict(imagenette='The published experiment', fold='Time to fold', zoo='The zoo', planning='Is planning linear?', clamp='Clamps with bounds per channel',
     deploy='Deployment', serving='Serving', pipelines='Odd image files', reliability='Reliability', small_batch='Trained in small batches',
-    small_batch_alternatives='Small batches: what else?', shift='Another place', fixed_point='Fixed point')
+    small_batch_alternatives='Small batches: what else?', shift='Another place', fixed_point='Fixed point',
+    aware='Trained for few bits', integer='Integers in engines', precision='int8 and bfloat16')
 NOTEBOOKS = dict(imagenette='01_imagenette', zoo='02_zoo', clamp='02_zoo', small_batch='04_small_batches', small_batch_alternatives='04_small_batches',
-    fixed_point='05_fixed_point', deploy='06_deploy', serving='06_deploy', shift='07_shifted_data')
+    fixed_point='05_fixed_point', aware='05_fixed_point', integer='05_fixed_point', deploy='06_deploy', serving='06_deploy', shift='07_shifted_data')
 
 def table(head, rows):
     "A table in Markdown"
@@ -193,8 +194,45 @@ def fixed_point(data, ax):
                 f'{data["networks"][name][b]["accuracy"]:.3f}', f'{data["networks"][name]["float"]["accuracy"]:.3f}']
     return table(['network','bits','smallest n','n, plain rounding','bits of A','accuracy','float'], [line(name, b) for name in data['networks'] for b in bits])
 
+def aware(data, ax):
+    networks = {name: net for name,net in data.items() if name!='machine'}
+    def figures(net):
+        after = {f'{bits} bits, after': found['accuracy'] for bits,found in net['after'].items()}
+        return {'float': net['float']} | after | {f'{bits} bits, aware': found['integer'] for bits,found in net['aware'].items()}
+    columns = list(dict.fromkeys(column for net in networks.values() for column in figures(net)))
+    series = {column: [100*figures(net).get(column, 0) for net in networks.values()] for column in columns}
+    grouped(ax, list(networks), series, [GREY,'#f7c6c6',ORANGE,RED,BLUE,GREEN])
+    ax.set_ylabel('accuracy, %')
+    rows = [[name, *[f'{100*figures(net)[column]:.2f}' if column in figures(net) else '' for column in columns]] for name,net in networks.items()]
+    def others(found): return [found['changed_float32'], found['changed_float64'], found['file']['changed'], found['file']['values_that_differ']]
+    same = [[f'{name}, {bits} bits', *others(found)] for name,net in networks.items() for bits,found in net['aware'].items()]
+    return (table(['accuracy, %',*columns], rows)+'\n\nPredictions that are others than those of the integer network, of 3,925; the last column counts values in its file:\n\n'
+            +table(['','trained, in float32','trained, in float64','file in ONNX Runtime','values with other integers'], same))
+
+def integer(data, ax):
+    latency = data['latency']['latency']
+    ax.barh(list(latency), [found['times_as_fast'] for found in latency.values()], color=BLUE)
+    ax.invert_yaxis()
+    ax.set_xlabel('times as fast as float32 in ONNX Runtime: ResNet-18, 64 pixels, one image, one thread')
+    rows = [[name, f'{found["ms"]:.2f}', f'{found["times_as_fast"]:.2f}', f'{found["cpu_times_as_fast"]:.2f}'] for name,found in latency.items()]
+    def family(name, net): return [name, f'{net["bns_on_integers"]} of {net["n_bn"]}', sum(net['kinds'].values())-len(net['real']), len(net['real']), f'{net["values_that_differ"]} of {net["values"]}']
+    families = table(['network, 4 bits','BNs on integers','layers on integers','in floating point','values in the file with other integers'],
+                     [family(name, net) for name,net in data['coverage'].items()])
+    return table(['file, engine','ms','times as fast','by time of the processor'], rows)+'\n\nWhich networks, with random weights and statistics:\n\n'+families
+
+def precision(data, ax):
+    networks = data['latency']
+    rows = [[name, row['engine'], row['precision'], row['bns'], f'{row["ms"]:.1f}', f'{row["times_as_fast"]:.2f}'] for name,net in networks.items() for row in net['rows']]
+    def best(net, engine, precision):
+        return next((row['times_as_fast'] for row in net['rows'] if (row['engine'],row['precision'],row['bns'])==(engine,precision,'folded')), 0)
+    kinds = [('onnx','int8'),('openvino','int8'),('openvino','bf16')]
+    grouped(ax, list(networks), {f'{precision}, {engine}': [best(net, engine, precision) for net in networks.values()] for engine,precision in kinds}, [BLUE,ORANGE,GREEN])
+    ax.set_ylabel('times as fast as float32')
+    return table(['network','engine','precision','BNs','ms','times as fast'], rows)
+
 PAGES = dict(imagenette=imagenette, fold=fold, zoo=zoo, planning=planning, clamp=clamp, deploy=deploy, serving=serving, pipelines=pipelines,
-    reliability=reliability, small_batch=small_batch, small_batch_alternatives=small_batch_alternatives, shift=shift, fixed_point=fixed_point)
+    reliability=reliability, small_batch=small_batch, small_batch_alternatives=small_batch_alternatives, shift=shift, fixed_point=fixed_point,
+    aware=aware, integer=integer, precision=precision)
 
 def plot(name, data, folder):
     "The plot of a benchmark, beside its page; its table, and the words that show the plot"
