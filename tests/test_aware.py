@@ -165,6 +165,14 @@ def test_lr_find():
     with learn.no_bar(), learn.no_logging(): learn.lr_find(num_it=5, show_plot=False)
     assert all(torch.equal(learn.model.state_dict()[name], v) for name,v in before.items())
 
+def test_mixed_precision():
+    "What was trained in bfloat16 is validated in float32 as the integer network is"
+    from fastai_bnfold.lab.training import AutocastCPU
+    learn = learner()
+    fit(learn, QuantAware(4), AutocastCPU(), n=2)
+    x,net = torch.randn(16,3,16,16),learn.integer_net()
+    with torch.no_grad(): assert torch.equal(learn.model.eval()(x).argmax(1), net(x).argmax(1))
+
 def test_remove_quant_keeps_what_was_trained():
     learn = learner()
     fit(learn, QuantAware(4))
