@@ -6,7 +6,7 @@
 __all__ = ['Step', 'fake_quantize', 'WeightQuantizer', 'ValueQuantizer', 'InputQuantizer', 'RunHooks', 'Quantizers',
            'quantizers_of', 'first_step', 'attach_quantizers']
 
-# %% ../../nbs/integer/07_quantizers.ipynb #ddaf5678
+# %% ../../nbs/integer/07_quantizers.ipynb #a0532f61
 import torch
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .net import *
 from .scales import *
 from .steps import *
 
-# %% ../../nbs/integer/07_quantizers.ipynb #223ecb96
+# %% ../../nbs/integer/07_quantizers.ipynb #9432db5e
 class Step(nn.Module):
     "What 1 stands for, learned: one number, or one per output channel. It is float32, whatever the model is"
     def __init__(self, value):
@@ -57,7 +57,7 @@ def fake_quantize(
     "The nearest of the numbers `lo·step`, …, `hi·step`"
     return _FakeQuantize.apply(x, step, lo, hi, n)
 
-# %% ../../nbs/integer/07_quantizers.ipynb #f45e7916
+# %% ../../nbs/integer/07_quantizers.ipynb #f3084ff4
 def _column(step, weight): return step.view(-1,*[1]*(weight.ndim-1))
 
 class WeightQuantizer:
@@ -106,7 +106,7 @@ class WeightQuantizer:
         has_bias = self.input_step is not None and module.bias is not None
         return ['weight','bias'] if has_bias else ['weight']
 
-# %% ../../nbs/integer/07_quantizers.ipynb #0e09773a
+# %% ../../nbs/integer/07_quantizers.ipynb #bc432e7c
 @dataclass
 class ValueQuantizer:
     "Quantizes one value of the network"
@@ -145,7 +145,7 @@ class RunHooks:
         point = self.point()
         return args if point is None else (point(args[0]), *args[1:])
 
-# %% ../../nbs/integer/07_quantizers.ipynb #23d56e05
+# %% ../../nbs/integer/07_quantizers.ipynb #82624251
 def _last_nodes(program) -> dict:
     "id of a call → what ran last in it"
     last = {}
@@ -171,7 +171,7 @@ def _run_of(program, call):
     "The how manyth run of its module is `call`?"
     return [other for other in program.calls if other.module is call.module].index(call)
 
-# %% ../../nbs/integer/07_quantizers.ipynb #53f883fc
+# %% ../../nbs/integer/07_quantizers.ipynb #918b6429
 class Quantizers:
     "The quantizers of a model, and where they hang. Nothing is quantized before they are attached (`attach_quantizers`)"
     def __init__(self,
@@ -204,7 +204,7 @@ def quantizers_of(model:nn.Module) -> Quantizers|None:
     "Those that are attached to `model`"
     return vars(model).get('quantizers')
 
-# %% ../../nbs/integer/07_quantizers.ipynb #5813bd3b
+# %% ../../nbs/integer/07_quantizers.ipynb #99662d84
 def _narrows(program, layout, node):
     "Is the span of `node` smaller than what it is made of would give?"
     if clip_of(program, node) is not None: return True
@@ -262,7 +262,7 @@ class _Hanging:
         low,high = clip_of(self.program, self.nodes[layer.clip])
         return high is None and not isinstance(low, Tensor) and low==0
 
-# %% ../../nbs/integer/07_quantizers.ipynb #e6d10384
+# %% ../../nbs/integer/07_quantizers.ipynb #58e1e38e
 def first_step(weight:Tensor, bits:int, per_channel:bool) -> Tensor:
     "A step to begin with: of each output channel, or one for all"
     top = 2**(bits-1)-1
@@ -296,7 +296,7 @@ def weight(self:_Hanging, layer):
     quantizers.own(module, 'weight', step)
     quantizers.handles += quantizer.attach(module)
 
-# %% ../../nbs/integer/07_quantizers.ipynb #1b437b52
+# %% ../../nbs/integer/07_quantizers.ipynb #6e8ba76c
 def attach_quantizers(
     model:nn.Module, # Trained in floating point; from now on its values are quantized
     batches:list,    # A few inputs, for the first scales
@@ -337,7 +337,7 @@ def off(self:Quantizers):
     try: yield
     finally: self.active = True
 
-# %% ../../nbs/integer/07_quantizers.ipynb #df445f54
+# %% ../../nbs/integer/07_quantizers.ipynb #03ce5949
 @patch
 def learned(self:Quantizers) -> Learned:
     "The steps, and the integers of the weights"
