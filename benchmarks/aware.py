@@ -55,7 +55,8 @@ class Distill(Callback):
         self.learn.loss_grad = (self.learn.loss_grad+distance)/2
         self.learn.loss = self.learn.loss_grad.clone()
 
-recipes = {4: dict(epochs=2, lr=1e-3), 2: dict(epochs=5, lr=2e-3)}
+recipes = dict(resnet18={4: dict(epochs=2, lr=1e-3), 2: dict(epochs=5, lr=2e-3)}, # bits → how they are trained
+               mobilenet={4: dict(epochs=2, lr=4e-3)}) # depthwise convolutions train slowly on a CPU
 
 def aware(network, bits, model, images, cache):
     "A copy of the network, trained for a few bits; made once"
@@ -64,7 +65,7 @@ def aware(network, bits, model, images, cache):
         set_seed(0)
         loss_func = LabelSmoothingCrossEntropyFlat(eps=.05)
         learn = Learner(loaders(images, 64), deepcopy(model), loss_func=loss_func)
-        recipe = recipes[bits]
+        recipe = recipes[network.split('/')[0]][bits]
         learn.fit_one_cycle(recipe['epochs'], recipe['lr'], cbs=[AutocastCPU(), QuantAware(bits), Distill(deepcopy(model))])
         torch.save(learn.model.eval(), file)
     return torch.load(file, weights_only=False)
@@ -107,12 +108,12 @@ def facts(network, images, cache):
     model = trained(network, images, cache)
     outs = outputs(model, x)
     res = dict(float=accuracy_of(outs, y), after={bits: after_training(model, images, bits, outs) for bits in (8,4,2)}, aware={})
-    for bits in recipes:
+    for bits,recipe in recipes[network.split('/')[0]].items():
         quantized = aware(network, bits, model, images, cache)
         net = quantizers_of(quantized).integer_net(quantized)
         wide = deepcopy(quantized).double()
         fake,fake64,whole = outputs(quantized, x),outputs(lambda x: wide(x.double()), x),outputs(net, x)
-        res['aware'][bits] = recipes[bits] | dict(accuracy=accuracy_of(fake, y), changed_from_float=changed(fake, outs), integer=accuracy_of(whole, y),
+        res['aware'][bits] = recipe | dict(accuracy=accuracy_of(fake, y), changed_from_float=changed(fake, outs), integer=accuracy_of(whole, y),
             changed_float32=changed(fake, whole), changed_float64=changed(fake64, whole), max_err_float64=((fake64-whole).abs().max()/whole.abs().max()).item(),
             file=of_the_file(net, x, whole))
     print(network, res, flush=True)

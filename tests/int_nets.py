@@ -82,6 +82,10 @@ class Inverted(nn.Module):
 class Mean(nn.Module):
     def forward(self, x): return x.mean((2,3))
 
+class Viewed(nn.Module):
+    "Flat by the size of the batch, as fastai's `Flatten` is"
+    def forward(self, x): return x.view(x.size(0), -1)
+
 def kinds():
     "Networks with what else a layer can be"
     def net(*layers, n=8): return nn.Sequential(*conv_bn(3, 8), nn.ReLU(), *layers, *head(n))
@@ -98,6 +102,7 @@ def kinds():
         mean=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), Mean(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5)),
         pre_activation=net(*pre_activation(), *pre_activation()),
         alone=nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(8*196), nn.Linear(8*196, 5)),
+        viewed=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), Viewed(), nn.Linear(8, 5)),
         dense=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), nn.Conv2d(8, 5, 1)),
         no_bias=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5, bias=False)))
 

@@ -7,7 +7,7 @@ __all__ = ['int_moves', 'moves', 'splits', 'real_forms', 'in_float', 'entering',
            'exact_layer', 'EngineBN', 'products_of_layer', 'Exporter', 'best_scale', 'Pending', 'constant_of', 'Shapes',
            'onnx_model', 'rename_inputs']
 
-# %% ../../nbs/integer/12_export.ipynb #342ec386
+# %% ../../nbs/integer/12_export.ipynb #486489da
 import json, numpy as np, os, tempfile, torch
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from .scales import Observe
 from .steps import *
 from .task import *
 
-# %% ../../nbs/integer/12_export.ipynb #80f27033
+# %% ../../nbs/integer/12_export.ipynb #f9c3afa4
 def entering(table:dict):
     "A decorator that takes names of PyTorch's operators, and enters a function for them in `table`"
     def of_names(*names):
@@ -65,7 +65,7 @@ def _pixel_shuffle(graph, x, node, shape):
     factor = arguments(node)['upscale_factor']
     return replace(x, name=graph('DepthToSpace', x.name, blocksize=factor, mode='CRD'), shape=shape)
 
-# %% ../../nbs/integer/12_export.ipynb #78dd1257
+# %% ../../nbs/integer/12_export.ipynb #64369462
 def _per_position(value, n): return list(value)*(n//len(value)) if isinstance(value, (tuple,list)) else [value]*n
 
 @moves('max_pool1d','max_pool2d','max_pool3d')
@@ -87,7 +87,7 @@ def _part(graph, x, split, i, shape):
     if len(shape)<len(x.shape): name = graph('Squeeze', name, np.array([dim], np.int64))
     return replace(x, name=name, shape=shape)
 
-# %% ../../nbs/integer/12_export.ipynb #6c1da12b
+# %% ../../nbs/integer/12_export.ipynb #93a65c00
 @dataclass
 class LayerCard:
     "How a layer was written"
@@ -126,7 +126,7 @@ class ExportCard:
         engines = [engine for engine in engine_arithmetic if self.is_exact(engine)] or ['no engine']
         return f"ExportCard({len(self.layers)} layers: {ways}; exact in {' and '.join(engines)}; {len(self.real)} in floating point)"
 
-# %% ../../nbs/integer/12_export.ipynb #ae26db78
+# %% ../../nbs/integer/12_export.ipynb #e9c114e5
 def is_value(products) -> bool:
     "Is each sum a value as it is?"
     return products.groups==len(products.weight) and products.weight.size==len(products.weight) and bool((products.weight==1).all())
@@ -166,7 +166,7 @@ def exact_layer(
     if last and n: y = graph('Transpose', y, perm=[0,n+1,*range(1, n+1)])
     return Stored(y, task.qmin, task.qmax, shape), form.__name__, in_openvino and small
 
-# %% ../../nbs/integer/12_export.ipynb #9fe65b1f
+# %% ../../nbs/integer/12_export.ipynb #35d25f4f
 class EngineBN(nn.Module):
     "BN and quantizer as ONNX Runtime computes them behind a convolution: integers to integers"
     def __init__(self, found:EngineScale, args:tuple):
@@ -186,7 +186,7 @@ class EngineBN(nn.Module):
 
     def extra_repr(self): return f'{len(self.scale)} channels, outputs {self.found.qmin}..{self.found.qmax}'
 
-# %% ../../nbs/integer/12_export.ipynb #432f2fcd
+# %% ../../nbs/integer/12_export.ipynb #134bb988
 def _window(node, shape, out_shape):
     "Kernel, stride and padding of an averaging operator"
     given,n = arguments(node),len(shape)-2
@@ -214,7 +214,7 @@ def products_of_layer(
     options = [tuple(_per_position(given[key], n)) for key in ('stride','padding','dilation')]
     return Products(weight, *options, given['groups'])
 
-# %% ../../nbs/integer/12_export.ipynb #ed566e40
+# %% ../../nbs/integer/12_export.ipynb #dc5ef662
 class Exporter:
     "An integer network on its way into an ONNX graph"
     def __init__(self, net, shapes:dict, exact:bool=True, engine:str='onnxruntime'):
@@ -230,7 +230,7 @@ class Exporter:
         "Write what `node` computes"
         if node.op=='placeholder': self.values[node] = self.input(node)
         elif node.op=='output': self.finish(node)
-        elif node.op=='get_attr' or node.name in self.net.layout.inner: return
+        elif node.op=='get_attr' or node.name in self.net.layout.inner or op_name(node)=='sym_size': return
         else: self.values[node] = self.computed(node)
 
     def computed(self, node):
@@ -239,7 +239,7 @@ class Exporter:
         if layer: return self.layer(node, layer)
         return self.integers(node, span) if span else self.real(node)
 
-# %% ../../nbs/integer/12_export.ipynb #622945ef
+# %% ../../nbs/integer/12_export.ipynb #178f9908
 @patch
 def input(self:Exporter, node):
     "The nearest integers of a real input, as in `Ints.of_input`; other inputs as they are"
@@ -265,7 +265,7 @@ def float_of(self:Exporter, node) -> str:
     scale = np.float32(self.net.scale[node.name])
     return self.graph('DequantizeLinear', value.name, scale, value.zero_point)
 
-# %% ../../nbs/integer/12_export.ipynb #98de11ee
+# %% ../../nbs/integer/12_export.ipynb #9de723dd
 @patch
 def layer(self:Exporter, node, layer):
     "What a layer computes, quantized and clipped"
@@ -368,7 +368,7 @@ def _why_not(found, engine):
     wrong = found.wrong[engine]
     return f'{(wrong>0).sum()} of {len(wrong)} channels have no exact scale ({wrong.sum():,} inputs would be wrong)'
 
-# %% ../../nbs/integer/12_export.ipynb #8254d9ce
+# %% ../../nbs/integer/12_export.ipynb #37da7890
 def _unable(node, why):
     return FixedPointError(f"This network cannot be exported: `{op_name(node)}` ({node.name}) has no form here: {why}.")
 
@@ -377,7 +377,7 @@ splits = {*ops('chunk','split','split_with_sizes','unbind')}
 @patch
 def integers(self:Exporter, node, span):
     "Integers that are moved, added, clipped or put side by side"
-    reads = [self.values[value] for value in node.all_input_nodes]
+    reads = [self.values[value] for value in node.all_input_nodes if value in self.values] # not sizes
     op,shape = op_of(node),self.shapes.of.get(node.name) # None of several parts
     if op in ops('add'): return self.add(node, reads, span)
     if op in ops('cat'): return concatenated(self.graph, reads, arguments(node)['dim']%len(shape), *span)
@@ -406,7 +406,7 @@ def clip(self:Exporter, x, span):
     if isinstance(x, Pending): return quantized(self.graph, x.name, *span, x.shape)
     return clipped(self.graph, x, *span)
 
-# %% ../../nbs/integer/12_export.ipynb #ea502c66
+# %% ../../nbs/integer/12_export.ipynb #f9cc83f7
 real_forms = {} # PyTorch's operator → what makes ONNX of it: a function of the exporter, the node and its arguments, tensors as names in the graph
 in_float = entering(real_forms)
 
@@ -498,7 +498,7 @@ def _real_bn(exporter, node, given):
     names = [given[key] for key in ('input','weight','bias','running_mean','running_var')]
     return exporter.graph('BatchNormalization', *names, epsilon=given['eps'])
 
-# %% ../../nbs/integer/12_export.ipynb #6f4dcf0a
+# %% ../../nbs/integer/12_export.ipynb #755cf3dc
 @patch
 def real(self:Exporter, node):
     "An operator on real numbers; what only moves them is the same as for integers"
@@ -523,7 +523,7 @@ def constant_of(net, node) -> np.ndarray:
     value = getattr(net.gm, node.target).detach()
     return (value.float() if value.is_floating_point() else value).cpu().numpy()
 
-# %% ../../nbs/integer/12_export.ipynb #fdb6785c
+# %% ../../nbs/integer/12_export.ipynb #7c4ac093
 class Shapes:
     "The shapes and dtypes of all values for an example"
     def __init__(self, gm, args):
@@ -542,7 +542,7 @@ class Shapes:
         self.of[node.name] = tuple(value.shape)
         self.dtypes[node.name] = str(value.dtype).removeprefix('torch.')
 
-# %% ../../nbs/integer/12_export.ipynb #3a9388d0
+# %% ../../nbs/integer/12_export.ipynb #2f7e3660
 def onnx_model(
     net:IntegerNet,
     args:tuple,          # An example of its inputs: all sizes are fixed but that of the batch
@@ -589,7 +589,7 @@ def rename_inputs(model, names:dict):
     for node in model.graph.node:
         for i,name in enumerate(node.input): node.input[i] = names.get(name, name)
 
-# %% ../../nbs/integer/12_export.ipynb #49899af9
+# %% ../../nbs/integer/12_export.ipynb #74469e19
 def _write_whole(data, path):
     "All of it or nothing"
     try:
@@ -617,7 +617,7 @@ def export(self:IntegerNet,
     _write_whole(model.SerializeToString(), path)
     return card
 
-# %% ../../nbs/integer/12_export.ipynb #b9832534
+# %% ../../nbs/integer/12_export.ipynb #f6643313
 @patch
 def follow_engine(self:IntegerNet) -> dict: # Layer → for how many inputs it now differs, and of how many
     "Let BN and quantizer be what ONNX Runtime computes in one operator, where that is not exact"

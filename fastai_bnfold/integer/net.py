@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['round_half_up', 'Ints', 'Sums', 'Learned', 'check_bits', 'int_program', 'IntegerNet', 'nodes_by_name']
 
-# %% ../../nbs/integer/06_net.ipynb #3a7d14ff
+# %% ../../nbs/integer/06_net.ipynb #77311ac4
 import copy, torch
 from dataclasses import dataclass
 from torch import nn, Tensor
@@ -22,7 +22,7 @@ from .scales import *
 from .steps import *
 from .task import *
 
-# %% ../../nbs/integer/06_net.ipynb #fc0d781f
+# %% ../../nbs/integer/06_net.ipynb #6447c6ec
 def round_half_up(x:Tensor) -> Tensor:
     "The nearest whole number, of two the upper one: the rounding of a shift"
     return (x+.5).floor()
@@ -56,7 +56,7 @@ def _real(v):
     if isinstance(v, Tensor) and v.is_floating_point(): return v.double()
     return v
 
-# %% ../../nbs/integer/06_net.ipynb #49081a9f
+# %% ../../nbs/integer/06_net.ipynb #7495979a
 def _with_bias(bn, bias):
     "A copy of `bn`, in float64, that subtracts its input's missing bias from the mean"
     bn = copy.deepcopy(bn).double()
@@ -69,7 +69,7 @@ def _only_bias(bias, n_channels):
     if bias is not None: bn.bias.data.copy_(bias)
     return bn
 
-# %% ../../nbs/integer/06_net.ipynb #8bd89eeb
+# %% ../../nbs/integer/06_net.ipynb #5e8bfa0d
 @dataclass
 class Learned:
     "What quantization-aware training found"
@@ -103,10 +103,12 @@ _views = {*ops('view','reshape','_unsafe_view')}
 
 def _any_batch(gm, program):
     "What is viewed for a batch of the example's size is viewed for one of any size"
-    for node in gm.graph.nodes:
+    for node in program.nodes:
         if op_of(node) not in _views: continue
         x,sizes = node.args
-        if -1 not in sizes and program.shape(x)[0]==sizes[0]: node.args = (x, [-1,*sizes[1:]])
+        if sizes[0]!=program.shape(x)[0]: continue
+        with gm.graph.inserting_before(node): n_items = gm.graph.call_function(torch.ops.aten.sym_size.int, (x,0))
+        node.args = (x, [n_items,*sizes[1:]])
     gm.recompile()
 
 class IntegerNet(nn.Module):
@@ -140,7 +142,7 @@ class IntegerNet(nn.Module):
         "name → node of its graph"
         return nodes_by_name(self.gm.graph)
 
-# %% ../../nbs/integer/06_net.ipynb #2a4ea49f
+# %% ../../nbs/integer/06_net.ipynb #8b6a65ae
 def nodes_by_name(program) -> dict:
     "name → node"
     return {node.name: node for node in program.nodes}
@@ -160,7 +162,7 @@ def _add_weight(self:IntegerNet, program, layer, learned):
     self.weights[layer.head] = weight.to(torch.int8),needs_float64
     return scale, (lo,hi)
 
-# %% ../../nbs/integer/06_net.ipynb #94ae9d2e
+# %% ../../nbs/integer/06_net.ipynb #8ba800f8
 @patch
 def _input_of(self:IntegerNet, program, layer, learned):
     "Scale and range of what the quantizer of `layer` gets"
@@ -198,7 +200,7 @@ def normalize(self:IntegerNet, name:str, x:Tensor) -> Tensor:
     quantizer = self.bns[name]
     return exact_bn(x, *quantizer.args) if self.exact else quantizer(x).long()
 
-# %% ../../nbs/integer/06_net.ipynb #829d4bf6
+# %% ../../nbs/integer/06_net.ipynb #ce69d9b1
 @patch
 def _add_table(self:IntegerNet, head, layer):
     "What a function gives for every integer"
@@ -215,7 +217,7 @@ def _add_logits(self:IntegerNet, head, bias, scale):
     self.out_scales[head.name] = scale
     if bias is not None: self.out_biases[head.name] = round_half_up(bias/scale).long()
 
-# %% ../../nbs/integer/06_net.ipynb #39e24d2a
+# %% ../../nbs/integer/06_net.ipynb #f5dad8d7
 def _integer_bound(bound, scale):
     if bound is None: return None
     return round_half_up(torch.as_tensor(bound, dtype=torch.float64)/scale).long()
@@ -235,7 +237,7 @@ def _clip(net, name, x):
         if bound is not None: x = limit(x, bound.to(x.device))
     return x
 
-# %% ../../nbs/integer/06_net.ipynb #431da5af
+# %% ../../nbs/integer/06_net.ipynb #dcc2de13
 def _sum_products(net, node, x):
     "A convolution or linear layer of integers: its sums"
     weight,needs_float64 = net.weights[node.name]
@@ -254,7 +256,7 @@ def _compute(net, layer, node, args):
     divisor = divisor_of(node, x.shape, y.shape)
     return Sums((y*divisor).round().long(), divisor)
 
-# %% ../../nbs/integer/06_net.ipynb #58ef46ae
+# %% ../../nbs/integer/06_net.ipynb #1d8c782e
 @patch
 def average_of(self:IntegerNet, layer:Layer, divisor:int) -> str:
     "The name of the quantizer of a layer that averages over `divisor` values"
@@ -284,7 +286,7 @@ def _as_real(net, node, sums):
     if bias is not None: x = x+bias.to(x.device).view(-1,*[1]*(x.ndim-2))
     return x.double()*net.out_scales[node.name]
 
-# %% ../../nbs/integer/06_net.ipynb #b50bdda8
+# %% ../../nbs/integer/06_net.ipynb #8e4a3f8b
 def _move(net, node, args, kwargs):
     "What works on integers as it does on real numbers"
     name,scale = node.name,net.scale[node.name]
@@ -295,7 +297,7 @@ def _move(net, node, args, kwargs):
     if op_name(node)=='cat': return Ints(_clip(net, name, res.long()), scale)
     return tree_map(lambda v: Ints(v.long(), scale) if isinstance(v, Tensor) else v, res)
 
-# %% ../../nbs/integer/06_net.ipynb #1d7f5364
+# %% ../../nbs/integer/06_net.ipynb #6af1e621
 class _Integers(Interpreter):
     "Run the graph with integers where `net` has them"
     def __init__(self, net, see):
@@ -333,7 +335,7 @@ def forward(self:IntegerNet, *args, see=None):
     with torch.no_grad(): res = _Integers(self, see).run(*fresh(as_args(list(args))))[:self.n_outputs]
     return res[0] if len(res)==1 else res
 
-# %% ../../nbs/integer/06_net.ipynb #c5079876
+# %% ../../nbs/integer/06_net.ipynb #0d196367
 @patch
 def layers(self:IntegerNet):
     "A DataFrame: every layer with its kind, bits and shift, and what stays in floating point, with the reason"
