@@ -267,7 +267,7 @@ def test_a_sum_of_branches_is_taken_apart_once_for_each(monkeypatch, n):
 
 def behind_numpy(m, x): return m.b(torch.from_numpy(m.c(x).numpy()))
 def in_vmap(m, x): return torch.func.vmap(lambda z: m.b(m.c(z[None]))[0])(x)
-reasons = {'numpy': (behind_numpy, 'outside of PyTorch (by NumPy'), 'vmap': (in_vmap, '`torch.func`'), 'constant': (lambda m,x: m.b(m.k)+x.mean(), 'constant of the model'),
+reasons = {'numpy': (behind_numpy, 'outside of PyTorch (by NumPy'), 'vmap': (in_vmap, '`torch.func`'),
     'divisor': (lambda m,x: m.b(F.avg_pool2d(m.c(x), 2, divisor_override=3)), '`divisor_override`'),
     'matrix on the left': (lambda m,x: m.b((m.w@m.c(x).flatten(2)).unflatten(2, (6,6))), 'stands on the left'),
     'two values': (lambda m,x: m.b(m.c(x)@m.c(x)), 'product of two values')}
@@ -315,13 +315,41 @@ def test_a_constant_cut_to_a_dynamic_size(forward):
     assert 'rule failed' not in ''.join(row.kind for row in report.rows)
     assert report.n_folded==(0 if forward is factor else 1)
 
-def test_bn_of_an_expanded_parameter_says_that_it_depends_on_no_input():
-    class Prompt(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.p,self.bn,self.conv = nn.Parameter(torch.randn(1,3,1,1)),bn(3),conv(3, 5)
-        def forward(self, x): return self.conv(self.bn(self.p.expand_as(x)))+x.mean()
-    net = randomize_bn(Prompt()).eval()
+def pieces_of(m): return [m.p[:,:1], m.q.view(1,3,1,1)[:,:2]]
+
+prompts = {
+    'expanded to an input': lambda m,x: m.p.expand_as(x), 'expanded to its items': lambda m,x: m.p.expand(len(x), -1, -1, -1),
+    'as it is': lambda m,x: m.p, 'repeated': lambda m,x: m.p.repeat(len(x), 1, 1, 1),
+    'plus nothing': lambda m,x: m.p+0*x, 'plus zeros': lambda m,x: m.p+torch.zeros_like(x),
+    'a view': lambda m,x: m.q.view(1,3,1,1).expand_as(x), 'permuted': lambda m,x: m.r.permute(2,0,1)[None].expand_as(x),
+    'a piece': lambda m,x: m.two.chunk(2, 1)[0].expand_as(x), 'two side by side': lambda m,x: torch.cat(pieces_of(m), 1).expand_as(x),
+    'behind a layer': lambda m,x: m.c0(m.p.expand_as(x)), 'behind a function': lambda m,x: m.p.relu().expand_as(x),
+    'a buffer': lambda m,x: m.fixed.expand_as(x)}
+
+class Prompted(nn.Module):
+    "Reads nothing of its input but the size"
+    def __init__(self, prompt):
+        super().__init__()
+        self.prompt,self.bn,self.c0,self.conv = prompt,bn(3),conv(3, 3, k=1),conv(3, 5, k=1)
+        sizes = dict(p=(1,3,1,1), q=(3,), r=(1,1,3), two=(1,6,1,1))
+        for name,size in sizes.items(): setattr(self, name, nn.Parameter(torch.randn(size)))
+        self.register_buffer('fixed', torch.randn(1,3,1,1))
+    def forward(self, x): return self.conv(self.bn(self.prompt(self, x)))+x.mean()
+
+@pytest.mark.parametrize('prompt', prompts)
+def test_bn_of_parameters_goes(prompt):
+    net = randomize_bn(Prompted(prompts[prompt])).double().eval()
+    image = torch.randn(2,3,9,9).double()
+    assert folded(net, image, others=[(image[:1],), (image[...,:5],)]).n_folded==1
+
+def test_bn_of_a_parameter_that_others_read_stays():
+    net = randomize_bn(Prompted(lambda m,x: m.p*x.mean()+m.bn(m.p).sin())).double().eval()
+    net.forward = lambda x: net.prompt(net, x)
     before = net.p.detach().clone()
-    report = folded(net, torch.randn(2,3,9,9))
-    assert [row.kind for row in report.kept]==['constant'] and torch.equal(net.p, before)
+    [row] = folded(net, torch.randn(2,3,9,9).double()).rows
+    assert 'shared weight' in row.kind and torch.equal(net.p, before)
+
+def test_a_weight_that_is_standardized_is_a_constant():
+    def forward(m, x): return F.conv2d(x, F.batch_norm(m.c.weight.flatten(1)[None], None, None, training=True).view_as(m.c.weight))
+    [row] = folded(Net(forward, c=conv()), x).rows
+    assert row.kind=='constant' and 'constant of the model' in row.reason

@@ -135,6 +135,11 @@ def _check_hooks(module):
     for hook in module._forward_pre_hooks.values():
         if hasattr(hook, 'why_not_affine'): raise Stop(hook.why_not_affine, 'does more')
 
+def _source_of(view, node):
+    "What a BN (of a constant, perhaps), or another constant map, reads"
+    if is_bn(node): return arguments(node)['input']
+    return next(i for i in node.all_input_nodes if not view.is_const(i))
+
 def _chain_of(view, call):
     "The chain that `call` runs, and its submodules afterwards; `Stop` if it does anything else"
     nodes = view.ops_of(call)
@@ -143,7 +148,7 @@ def _chain_of(view, call):
     if any(not running(node) for node in bns): raise Stop(
         'it normalizes by the statistics of the batch (no running statistics, or in training mode), which is no fixed map', 'statistics of the batch')
     if len(bns)>1: raise Stop(f"its `forward` (of {call.module._get_name()}) normalizes several times", 'does more')
-    chain = Chain(next(i for i in nodes[0].all_input_nodes if not view.is_const(i)), nodes)
+    chain = Chain(_source_of(view, nodes[0]), nodes)
     value = chain.source
     for node in nodes:
         if [user for user in view.users(value) if user in nodes]!=[node]: raise _more(view, node, 'it reads a value twice')
@@ -183,10 +188,9 @@ def _modules_with(view):
         if has_bn or _may_be_affine(view, call): groups.setdefault(call.module, []).append(call)
     return groups
 
-def _of_no_input(view, node):
+def _of_no_input(node):
     "Why the BN of a constant stays"
-    if all(view.registered(view.tensor(leaf)) for leaf in view.leaves(arguments(node)['input'])):
-        return 'what it normalizes is a constant of the model, which depends on no input'
+    if not running(node): return 'what it normalizes (a weight, perhaps), by statistics of its own, is a constant of the model, which depends on no input'
     return ("what it normalizes comes from no operation that was traced: it was computed outside of PyTorch (by NumPy, say) or inside a function of `torch.func`, "
         "or is a tensor that no module has registered")
 
@@ -196,7 +200,7 @@ def bns_in_modules(view) -> list:
     for node in filter(is_bn, view.nodes):
         call = view.call(node)
         if view.is_const(node):
-            found[node] = BN(call.path if call else '(the model itself)', reason=_of_no_input(view, node), kind='constant')
+            found[node] = BN(call.path if call else '(the model itself)', reason=_of_no_input(node), kind='constant')
         elif call is None or call.path=='' and view.children(call):
             found[node] = BN('(the model itself)', reason="it is a bare function call in the model's own `forward`, no module that could be replaced", kind='bare function')
             if running(node): found[node].chains.append(Chain(arguments(node)['input'], [node]))
@@ -206,7 +210,7 @@ def bns_in_modules(view) -> list:
 # %% ../../nbs/fold/08_plan.ipynb #f78d0a5d
 def _bn_in_graph(view, node):
     bn = BN(view.label(node), is_bn=True)
-    if view.is_const(node): bn.reason,bn.kind = _of_no_input(view, node),'constant'
+    if view.is_const(node): bn.reason,bn.kind = _of_no_input(node),'constant'
     elif not running(node): bn.reason,bn.kind = \
         'it normalizes by the statistics of the batch (no running statistics, or in training mode), which is no fixed map','statistics of the batch'
     else:

@@ -138,7 +138,7 @@ class _Asked:
     def evaluate(self, node, stored, again):
         "The value of a constant node, of `stored` leaves; `again` gives those of its inputs"
         if node in self._tensors: return stored(node)
-        def given(i): return again(i) if self._const[i] else self._of_that_size(i)
+        def given(i): return again(i) if self._const[i] or i in self._fixed else self._of_that_size(i)
         value = node.target(*map_arg(node.args, given), **map_arg(node.kwargs, given))
         return _numbers(value) if op_of(node) in _factories else value
     def _of_that_size(self, node):
@@ -244,7 +244,7 @@ class Program(_Homes):
         self.nodes = tuple(gm.graph.nodes)
         self.at = {node: i for i,node in enumerate(self.nodes)} # node → its place in the order of execution
         self._tensors,self._places,self._vals,self._owner,self.calls = tensors,places,vals,owner,calls
-        self._set_calls(); self._set_memory(); self._set_constants(); self._set_readers()
+        self._set_calls(); self._set_memory(); self._set_constants(); self._set_values(); self._set_operations(); self._set_readers()
         self._named = {self.name_of(tensor): tensor for tensor in tensors.values()}
         self.answers,self._numbers,self._largest,self.devices = {},{},{},{} # what was asked for already; devices of values of a graph
 
@@ -272,15 +272,22 @@ def _merge(self:Program, node, other):
 
 @patch
 def _set_constants(self:Program):
-    "What is computed from parameters and buffers alone"
+    "What is computed from parameters and buffers alone, and of which"
     written = set()
     for node in self.nodes:
         if writes(node): written |= self._alias[node]
-    self._const,self._sizes,self._fixed = {},set(),set()
+    self._const,self._sizes,self._fixed,self._leaves = {},set(),set(),{}
     for node in self.nodes:
         if self._is_size(node): self._sizes.add(node)
         self._const[node] = node not in written and (node in self._tensors or self._is_made_of_constants(node))
+        if node in self._tensors: self._leaves[node] = frozenset([node])
+        elif self._const[node]: self._leaves[node] = frozenset().union(*(self._leaves[i] for i in node.all_input_nodes if self._const[i]))
         if self._const[node] and all(i in self._fixed for i in node.all_input_nodes): self._fixed.add(node)
+
+@patch
+def _set_operations(self:Program):
+    "Who made which value, and what is written into"
+    for node in self.nodes:
         call = self.call(node)
         if node.op=='call_function' and not self._const[node] and call: self._ops.setdefault(id(call), []).append(node)
         if self.writes(node): self._merge(node, node.all_input_nodes[0])
@@ -300,20 +307,58 @@ def _is_size(self:Program, node):
 def _is_made_of_constants(self:Program, node):
     "Is it computed from constants, and nothing of the data but sizes?"
     if node.op!='call_function' or is_random(node): return False
-    read = [i for i in node.all_input_nodes if i not in self._sizes and not reads_shape_only(node, i)]
+    read = self._numbers_read(node)
     return (bool(read) or op_of(node) in _factories) and all(self._const[i] for i in read)
+
+@patch
+def _numbers_read(self:Program, node):
+    "The inputs of which `node` reads more than sizes"
+    return [i for i in node.all_input_nodes if i not in self._sizes and not reads_shape_only(node, i)]
 
 @patch
 def _set_readers(self:Program):
     "Of every parameter and buffer: the nodes that read it, through whatever constants are made of it"
-    self._leaves,self._readers = {},{}
+    self._readers = {}
     for node in self.nodes:
-        if node in self._tensors: self._leaves[node] = frozenset([node]); continue
-        inputs = [i for i in node.all_input_nodes if self._const[i]]
-        if self._const[node]: self._leaves[node] = frozenset().union(*(self._leaves[i] for i in inputs))
-        else:
-            read = frozenset().union(*(self._leaves[i] for i in inputs if not reads_shape_only(node, i)))
-            for leaf in read: self._readers.setdefault(id(self._tensors[leaf]), []).append(node)
+        if node in self._tensors or self._const[node]: continue
+        constants = [i for i in node.all_input_nodes if self._const[i] and not reads_shape_only(node, i)]
+        for leaf in frozenset().union(*(self._leaves[i] for i in constants)):
+            self._readers.setdefault(id(self._tensors[leaf]), []).append(node)
+
+# %% ../../nbs/fold/03_program.ipynb #5e0c0b5a
+_weights = {'weight','bias','running_mean','running_var','mat2'}
+
+def _is_view(node):
+    "Is `node` a parameter with its elements in other places?"
+    while op_of(node) in movement_ops or op_name(node)=='getitem': node = node.all_input_nodes[0]
+    return node.op!='call_function'
+
+def _data_of(node):
+    "The inputs of `node` that are no weights of a layer"
+    if not has_schema(node): return node.all_input_nodes
+    return nodes_in([value for name,value in arguments(node).items() if name not in _weights])
+
+@patch
+def _normalized(self:Program):
+    "The BNs of parameters, and the operations that make their inputs of them (but for views: through these a parameter can be changed)"
+    todo,found = [node for node in self.nodes if self._const[node] and self._is_bn_of_parameters(node)],set()
+    while todo:
+        node = todo.pop()
+        found.add(node)
+        todo += [i for i in _data_of(node) if i.op=='call_function' and self._const[i] and not _is_view(i)]
+    return found
+
+@patch
+def _is_bn_of_parameters(self:Program, node):
+    if not is_bn(node) or not running(node): return False
+    return all(self.registered(self._tensors[leaf]) for leaf in self._leaves[arguments(node)['input']])
+
+@patch
+def _set_values(self:Program):
+    "What a BN makes is a value, of parameters too, and so is all that comes of it: there is something to fold"
+    values = self._normalized()
+    for node in self.nodes if values else ():
+        if node in values or any(not self._const[i] for i in self._numbers_read(node)): self._const[node] = False
 
 # %% ../../nbs/fold/03_program.ipynb #1257260e
 def _places_of(paths):

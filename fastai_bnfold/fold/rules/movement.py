@@ -39,12 +39,6 @@ def call_op(node:Node, args, kwargs):
     op = torch.ops.aten.reshape.default if is_view else node.target
     return op(*args, **kwargs)
 
-_known = {*ops('view','reshape','_unsafe_view','flatten','unflatten','permute','transpose','t','squeeze','unsqueeze','chunk','split',
-    'tensor_split','split_with_sizes','slice','narrow','select','expand','repeat','roll','flip','movedim','unbind','channel_shuffle',
-    'native_channel_shuffle','reflection_pad1d','reflection_pad2d','reflection_pad3d','replication_pad1d','replication_pad2d',
-    'replication_pad3d','constant_pad_nd','repeat_interleave','pad','pixel_shuffle','pixel_unshuffle','stack','tile','swapaxes',
-    'adjoint','numpy_T','mT','reshape_as','view_as','expand_as','index','index_select','unfold','rot90','take_along_dim','gather')}
-
 def _moved_inputs(view, node) -> list:
     "The values that `node` moves"
     return [i for i in node.all_input_nodes if view.is_tensor(i) and not view.is_const(i) and node in view.users(i)]
@@ -83,7 +77,7 @@ def _places(view, node, generator):
 
 def is_movement(view, node:Node) -> bool:
     "Does `node` hand out elements of its inputs, as they are, by a fixed rule?"
-    if op_of(node) in _known: return True
+    if op_of(node) in movement_ops: return True
     if not has_schema(node) or writes(node) or is_random(node) or looks(node) or not _moved_inputs(view, node): return False
     if node not in view.program.answers: view.program.answers[node] = _asked(view, node)
     return view.program.answers[node]
@@ -118,7 +112,7 @@ def movement_forward(view, node, maps):
     if isinstance(scale, Tensor): return [(node, compress(Affine(scale, shift)))]
     return [(user, compress(Affine(scale[user.args[1]], shift[user.args[1]]))) for user in node.users]
 
-forward(*_known, several=True)(movement_forward)
+forward(*movement_ops, several=True)(movement_forward)
 
 # %% ../../../nbs/fold/rules/03_movement.ipynb #90f2e23f
 def _met(view, node, part, rest, out, item, size):
@@ -145,7 +139,7 @@ def movement_backward(view, node, amap, item=None):
     def shaped(i, s, t): return collapsed(Affine(s.view(view.shape(i)), t.view(view.shape(i))), keep=True)
     return [(i, shaped(i, s, t)) for i,s,t in zip(values, scale, shift)]
 
-backward(*_known)(movement_backward)
+backward(*movement_ops)(movement_backward)
 
 # %% ../../../nbs/fold/rules/03_movement.ipynb #967e4fc2
 def _pieces(view, node):
