@@ -59,7 +59,7 @@ class Evidence:
     "What the unfolded model does on several inputs, and how far a folded one is from it"
     def __init__(self, model, args, example:Recorded, looks, structural:bool=True):
         self.model,self.example,self.structural = model,example,structural
-        self.inputs,self.before = {'the example': args},{'the example': example}
+        self.inputs,self.before,self.costly = {'the example': args},{'the example': example},False
         self.untried = [] # what the model takes no other of
         self._try_sizes(perturbed(args))
         length = another_length(args)
@@ -67,7 +67,10 @@ class Evidence:
         for kind,other in other_values(args).items() if looks else (): self._try(kind, other)
 
     def _try(self, kind, args):
-        "Does the model take them?"
+        "Does the model take them? (What is much larger than the example is not tried)"
+        if is_costly(args, self.inputs['the example']):
+            self.costly = True
+            return False
         try: self.before[kind] = record(self.model, args)
         except TraceError: return False
         self.inputs[kind] = args
@@ -85,10 +88,10 @@ class Evidence:
         "Another batch together with another size, if the model takes that; else one of them, or other values alone"
         batch,ways = another_batch(noisy),ways_to_resize(noisy)
         if self._try_resized('other values, batch and size', ways, batch, first_items(noisy, 1), batch): return
-        self.untried = ['batch size', 'size']
-        if self._try('other values and batch size', batch): self.untried = ['size']
-        elif self._try('other values', noisy):
-            if self._try_resized('another size', ways, noisy, noisy): self.untried = ['batch size']
+        takes_batch = self._try('other values and batch size', batch)
+        self.untried = ['size'] if takes_batch else ['batch size', 'size']
+        if takes_batch and not self.costly or not takes_batch and not self._try('other values', noisy): return
+        if self._try_resized('another size', ways, noisy, noisy): self.untried.remove('size')
 
     def compare(self, folded, steps, removed, kinds=None) -> dict:
         "BN → why it must stay; `errors`, `strange` (the kinds of input for which something is wrong, and nobody knows why); on some `kinds` of input, or on all"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Chain', 'BN', 'bn_map', 'step_map', 'bns_in_modules', 'bns_in_graph', 'bns_in_subgraphs', 'bns_of', 'Step',
-           'all_edits', 'fold_one', 'sites', 'cheapest', 'FoldPlan', 'together', 'make_plan']
+           'all_edits', 'fold_one', 'sites', 'tried', 'cheapest', 'FoldPlan', 'together', 'make_plan']
 
 # %% ../../nbs/fold/08_plan.ipynb #1707e0b0
 import torch
@@ -190,7 +190,7 @@ def _modules_with(view):
 
 def _of_no_input(node):
     "Why the BN of a constant stays"
-    if not running(node): return 'what it normalizes (a weight, perhaps), by statistics of its own, is a constant of the model, which depends on no input'
+    if not running(node): return 'what it normalizes (a weight, perhaps), by statistics of its own, is a constant of the model'
     return ("what it normalizes comes from no operation that was traced: it was computed outside of PyTorch (by NumPy, say) or inside a function of `torch.func`, "
         "or is a tensor that no module has registered")
 
@@ -332,10 +332,11 @@ def fold_one(
     gone = view.state.without(view.program, links, ())
     if not after.is_identity:
         start = {at: after} if at else {chain.last: after for chain in bn.chains}
-        found += Search(view.program, gone).forward(start)
+        found += Search(view.program, gone, view.looked).forward(start)
+    search = Search(view.program, gone, view.looked)
     if not before.is_identity:
-        found += Search(view.program, gone.without(view.program, {}, found.edits)).backward(_demands(Search(view.program, gone), bn, before, at))
-    search = Search(view.program, gone)
+        then = gone.without(view.program, {}, found.edits)
+        found += Search(view.program, then, view.looked).backward(_demands(search, bn, before, at))
     replaced = {edit.node for edit in found.edits if isinstance(edit, Rebound)}
     if at: found.wanted.pop(at, None) # of the sum *without* the BN it is that map: as it was, if nothing is put off
     for chain in bn.chains:
@@ -346,7 +347,7 @@ def fold_one(
 # %% ../../nbs/fold/08_plan.ipynb #c2cc4a5d
 def _behind_constants(view, bn, amap):
     "If what comes next are sums or products with constants: the value behind them, the map on it that makes up for the BN, and the values in between"
-    search = Search(view.program, view.state)
+    search = Search(view.program, view.state, view.looked)
     node,at,passed = bn.chains[0].last,None,[]
     def plain(user):
         if view.hands_on(user): return True
@@ -377,23 +378,26 @@ def _step(bn, how, found, amap):
     edits = [replace(e, shifts=not some_shift or bool((e.map.shift!=0).any())) if isinstance(e, Absorb) else e for e in found.edits]
     return Step(bn.path, how, tuple(edits), bn.links(), tuple(bn.children), found.wanted, found.put_off, frozenset(found.between))
 
-def cheapest(
-    view:View,
-    bn:BN,
-    hows:tuple,     # Of 'backward', 'forward', 'split'
-    level:int,      # The highest `Step.level` that is allowed
-    reasons:dict    # Gets the `Stop` of each way
-) -> Step|None:
-    "The cheapest way to fold `bn`"
-    best = None
-    for at,amap,between in sites(view, bn):
+def tried(view:View, bn:BN, hows:tuple):
+    "Try to fold `bn` in each way, wherever its map can be sent off from: `(number of the site, how, Step or Stop)`, one after the other"
+    for i,(at,amap,between) in enumerate(sites(view, bn)):
         for how in hows:
             for before,after in ways(amap, how):
-                try: step = _step(bn, how, fold_one(view, bn, before, after, at, between), amap)
-                except Stop as stop: reasons.setdefault(how, stop); continue
-                if step.level>level: continue
-                if best is None or step.extra<best.extra: best = step
-                if best.extra<=0: return best
+                try: yield i, how, _step(bn, how, fold_one(view, bn, before, after, at, between), amap)
+                except Stop as stop: yield i, how, stop
+
+def cheapest(
+    attempts,      # Of `tried`; no more are made than needed
+    level:int,     # The highest `Step.level` that is allowed
+    reasons:dict   # Gets the `Stop` of each way
+) -> Step|None:
+    "The step that costs least"
+    best = None
+    for _,how,step in attempts:
+        if isinstance(step, Stop): reasons.setdefault(how, step); continue
+        if step.level>level: continue
+        if best is None or step.extra<best.extra: best = step
+        if best.extra<=0: return best
     return best
 
 # %% ../../nbs/fold/08_plan.ipynb #d0250db2
@@ -432,6 +436,7 @@ class _Planner:
     def __init__(self, program, costly, clamps, state=State()):
         self.program,self.costly,self.clamps = program,costly,clamps
         self.state,self.steps,self.rows,self.reasons = state,[],{},{}
+        self.known = {} # (runs of a BN, way) → what came of it, and all that was looked at
 
     def fold_all(self, bns):
         waiting = list(bns)
@@ -445,7 +450,7 @@ class _Planner:
         for hows,direction in sweeps:
             for bn in candidates(waiting)[::direction]:
                 reasons = {}
-                step = cheapest(View(self.program, self.state), bn, hows, level, reasons)
+                step = cheapest(self._attempts(bn, hows), level, reasons)
                 for run in bn.runs or [bn]: self.reasons[run] = self.reasons.get(run, {}) | reasons
                 if step is None: continue
                 if self._too_costly(step): self._note_possible(bn, step); continue
@@ -454,8 +459,24 @@ class _Planner:
                 moved = True
         return moved
 
+    def _attempts(self, bn, hows):
+        "What comes of all `hows`; what was tried already is known, unless something changed of what was looked at"
+        keys = {how: (*(bn.runs or [bn]), how) for how in hows}
+        view,found = View(self.program, self.state),{how: [] for how in hows}
+        if all(key in self.known for key in keys.values()):
+            known = sum((self.known[key][0] for key in keys.values()), [])
+            yield from sorted(known, key=lambda attempt: (attempt[0], hows.index(attempt[1])))
+            return
+        for attempt in tried(view, bn, hows):
+            found[attempt[1]].append(attempt)
+            yield attempt
+        for how,key in keys.items(): self.known[key] = found[how],view.looked # (not, if one of them was taken before the end)
+    def _forget(self, changed):
+        self.known = {key: (found, looked) for key,(found,looked) in self.known.items() if looked.isdisjoint(changed)}
+
     def _take(self, bn, step):
-        self.state = self.state.without(self.program, step.links, step.edits)
+        before,self.state = self.state,self.state.without(self.program, step.links, step.edits)
+        self._forget(self.state.changed_since(before))
         self.steps.append(step)
         for run in bn.runs or [bn]: self.rows[run] = Row(run.path, True, step.how, step.into, step.acts, is_bn=run.is_bn, calls=len(run.chains))
 

@@ -222,7 +222,7 @@ class _Homes(_Values):
     def freed(self) -> 'Program':
         "The same program, as if every operator could be replaced alone"
         if self.free: return self
-        return Program(self.gm, self.inputs, self._tensors, self._places, self._vals, self._owner, self.calls, self.outputs, self.kept, self.scripted, free=True)
+        return Program(self.gm, self.inputs, self._tensors, self._places, self._vals, self._owner, self.calls, self.outputs, self.kept, self.scripted, free=True, devices=self.devices)
 
 # %% ../../nbs/fold/03_program.ipynb #4211ec67
 class Program(_Homes):
@@ -238,15 +238,16 @@ class Program(_Homes):
         outputs:tuple=(),   # Of the run
         kept:frozenset=frozenset(), # Nodes whose values somebody keeps after the run
         scripted:frozenset=frozenset(), # Paths of the modules that TorchScript compiled
-        free:bool=False     # May every operator be replaced on its own (as in an exported graph), or only modules?
+        free:bool=False,    # May every operator be replaced on its own (as in an exported graph), or only modules?
+        devices:dict=None   # Node → device of its value, where `vals` does not tell
     ):
-        self.gm,self.inputs,self.outputs,self.kept,self.scripted,self.free = gm,inputs,outputs,kept,scripted,free
+        self.gm,self.inputs,self.outputs,self.kept,self.scripted,self.free,self.devices = gm,inputs,outputs,kept,scripted,free,devices or {}
         self.nodes = tuple(gm.graph.nodes)
         self.at = {node: i for i,node in enumerate(self.nodes)} # node → its place in the order of execution
         self._tensors,self._places,self._vals,self._owner,self.calls = tensors,places,vals,owner,calls
         self._set_calls(); self._set_memory(); self._set_constants(); self._set_values(); self._set_operations(); self._set_readers()
         self._named = {self.name_of(tensor): tensor for tensor in tensors.values()}
-        self.answers,self._numbers,self._largest,self.devices = {},{},{},{} # what was asked for already; devices of values of a graph
+        self.answers,self._numbers,self._largest = {},{},{} # what was asked for already
 
 # %% ../../nbs/fold/03_program.ipynb #d266379f
 @patch
@@ -370,9 +371,25 @@ def _places_of(paths):
                 if tensor is not None: places.setdefault(id(tensor), []).append((path, name, table is module._parameters))
     return places
 
-def _one_fake_mode():
-    "The tracer notes shapes as fake tensors, and makes a mode for each, unless it finds one: half of its time"
-    return tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
+class _Notes(FakeTensorMode):
+    "The tracer notes shapes as fake tensors, each made in a mode of its own: half of its time. Here the notes are plain tensors without numbers; `devices`: by the id of a note"
+    def __init__(self): super().__init__(allow_fallback_kernels=True); self.devices = {}
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is not torch.ops.aten.empty_strided.default: return super().__torch_dispatch__(func, types, args, kwargs)
+        note = func(*args, **(kwargs | dict(device='meta')))
+        self.devices[id(note)] = kwargs['device']
+        return note
+
+def _remember_constants(tracer):
+    "The tracer looks for each parameter among all that it has met, and notes its shape: let it remember where it is"
+    create_arg,names = tracer.create_arg,{}
+    def quick(o):
+        if not isinstance(o, Tensor): return create_arg(o)
+        if o not in names:
+            names[o] = tracer.get_fresh_qualname('_param_constant' if isinstance(o, nn.Parameter) else '_tensor_constant')
+            setattr(tracer.root, names[o], o)
+        return tracer.graph.create_node('get_attr', names[o], (), {})
+    tracer.create_arg = quick
 
 def _cannot_trace(error) -> TraceError:
     if 'HigherOrderOp' in type(error).__name__: return TraceError(
@@ -387,15 +404,16 @@ def program_of(
 ) -> Program:
     "The dataflow of one run of `model`; a `TraceError` if it cannot be had"
     paths = paths_of(model)
-    args,calls,seen = fresh(args),_Calls(paths),{}
+    args,calls,seen,notes = fresh(args),_Calls(paths),{},_Notes()
     inputs = []
     map_tensors(inputs.append, args)
     def run(*tensors):
+        _remember_constants(get_proxy_mode().tracer)
         given = iter(tensors)
         seen['out'] = tensors_of(model(*map_tensors(lambda _: next(given), args)))
         seen['kept'] = _still_alive([*seen['out'], *tensors])
         return seen['out']+seen['kept']
-    with evaluating(model), uncompiled(model), nullcontext() if inplace else out_of_place(model), calls.recording(), _one_fake_mode():
+    with evaluating(model), uncompiled(model), nullcontext() if inplace else out_of_place(model), calls.recording(), tracing(TracingContext(notes)):
         try: gm = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)(*map(torch.clone, inputs))
         except Exception as e: raise _cannot_trace(e) from e
     nodes = list(gm.graph.nodes)
@@ -407,7 +425,8 @@ def program_of(
     tensors = {node: getattr(gm, node.target) for node in nodes if node.op=='get_attr'}
     vals = {node: node.meta['val'] for node in nodes if 'val' in node.meta} | {node: tensor for node,tensor in tensors.items()}
     scripted = frozenset(path for module,path in paths.items() if isinstance(module, torch.jit.ScriptModule))
-    return Program(gm, inputs, tensors, _places_of(paths), vals, calls.owner, tuple(calls.calls), tuple(seen['out']), kept, scripted)
+    devices = {node: notes.devices[id(val)] for node,val in vals.items() if id(val) in notes.devices}
+    return Program(gm, inputs, tensors, _places_of(paths), vals, calls.owner, tuple(calls.calls), tuple(seen['out']), kept, scripted, devices=devices)
 
 # %% ../../nbs/fold/03_program.ipynb #c9d98692
 class _Run(torch.fx.Interpreter):
@@ -473,6 +492,4 @@ def program_of_graph(
     for node,path in _paths(nodes).items():
         if node.op!='call_function' or not isinstance(vals.get(node), (Tensor,tuple,list)): continue
         owner[node.name] = calls.setdefault(path, Call(path, _Exported(path)))
-    program = Program(gm, inputs, tensors, places, vals, owner, tuple(calls.values()), tuple(tensors_of(outputs)), free=True)
-    program.devices = runner.devices
-    return program
+    return Program(gm, inputs, tensors, places, vals, owner, tuple(calls.values()), tuple(tensors_of(outputs)), free=True, devices=runner.devices)
