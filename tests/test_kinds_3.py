@@ -104,6 +104,35 @@ def test_one_that_is_no_number(spoil):
     kept_alone(folded(net, x), 'not finite')
     kept_alone(folded_graph(exported(net, x), x), 'not finite')
 
+def nan_mean(bn): bn.running_mean[1] = float('nan')
+def infinite_mean(bn): bn.running_mean[1] = float('inf')
+def infinite_variance(bn): bn.running_var[0] = float('inf')
+def negative_variance(bn): bn.running_var[2] = -1
+def nan_gamma(bn): bn.weight.data[0] = float('nan')
+def infinite_beta(bn): bn.bias.data[0] = -float('inf')
+broken = nan_mean,infinite_mean,infinite_variance,negative_variance,nan_gamma,infinite_beta
+
+@pytest.mark.parametrize('spoil', broken)
+@pytest.mark.parametrize('at', [1,4,10])
+def test_a_bn_with_broken_statistics_stays_and_the_others_go(spoil, at):
+    net = stack().double()
+    with torch.no_grad(): spoil(net[at])
+    for report in (folded(net, x), folded_graph(exported(net, x), x)):
+        assert (report.n_folded, report.n_bn)==(3, 4)
+        [row] = report.kept
+        assert row.bn==str(at) and row.kind=='not finite' and (f'`{at}.' in row.reason)
+
+def test_a_map_does_not_go_into_a_bn_with_broken_statistics():
+    net = randomize_bn(nn.Sequential(nn.AvgPool2d(2), bn(3), nn.AvgPool2d(2), bn(3))).double().eval()
+    net[3].running_var[1] = float('nan')
+    assert folded(net, x).n_folded==0
+
+def test_a_model_in_which_all_is_broken_is_refused():
+    net = stack().double()
+    for layer in net:
+        if isinstance(layer, nn.BatchNorm2d): nan_mean(layer)
+    with pytest.raises(StatisticsError, match='diverged'): BNFolder().fold(net, x)
+
 # --- what weights are computed from ----------------------------------------------------------------
 
 def weight_norm(net): parametrizations.weight_norm(net.c)
@@ -266,8 +295,7 @@ def test_a_sum_of_branches_is_taken_apart_once_for_each(monkeypatch, n):
 # --- reasons ---------------------------------------------------------------------------------------
 
 def behind_numpy(m, x): return m.b(torch.from_numpy(m.c(x).numpy()))
-def in_vmap(m, x): return torch.func.vmap(lambda z: m.b(m.c(z[None]))[0])(x)
-reasons = {'numpy': (behind_numpy, 'outside of PyTorch (by NumPy'), 'vmap': (in_vmap, '`torch.func`'),
+reasons = {'numpy': (behind_numpy, 'outside of PyTorch (by NumPy'),
     'divisor': (lambda m,x: m.b(F.avg_pool2d(m.c(x), 2, divisor_override=3)), '`divisor_override`'),
     'matrix on the left': (lambda m,x: m.b((m.w@m.c(x).flatten(2)).unflatten(2, (6,6))), 'stands on the left'),
     'two values': (lambda m,x: m.b(m.c(x)@m.c(x)), 'product of two values')}
@@ -281,6 +309,55 @@ def test_reasons(name):
     folder.fold(net, x)
     [row] = folder.report.rows
     assert not row.folded and words in row.reason
+
+# --- functions of functions ------------------------------------------------------------------------
+
+def in_vmap(m, x): return torch.func.vmap(lambda z: m.b(m.c(z[None]))[0])(x)
+def behind_vmap(m, x): return m.b(m.c(torch.func.vmap(lambda z: z.softmax(0)*m.k)(x)))
+def between_vmap(m, x): return m.c(torch.func.vmap(torch.relu)(m.b0(x)))
+def tangent(m, x): return m.b(m.c(torch.func.jvp(torch.sin, (x,), (torch.ones_like(x),))[1]))
+def value_of_jvp(m, x): return m.b(m.c(torch.func.jvp(torch.sin, (x,), (torch.ones_like(x),))[0]))
+def cotangent(m, x): return m.b(m.c(torch.func.vjp(torch.sin, x)[1](torch.ones_like(x))[0]))
+def gradient(m, x): return m.b(m.c(torch.func.grad(lambda z: z.sin().sum())(x)))
+def jacobian(m, x): return m.b(m.c(torch.func.vmap(torch.func.jacrev(lambda z: z.mean().sin()))(x)))
+def nested(m, x): return m.b(m.c(torch.func.vmap(torch.func.grad(lambda z: z.sin().sum()))(x)))
+
+@pytest.mark.parametrize('forward', [behind_vmap, tangent, value_of_jvp, cotangent, gradient, jacobian, nested])
+def test_functions_that_are_transformed(forward):
+    net = randomize_bn(Net(forward, c=conv(), b=bn())).double()
+    net.k = nn.Parameter(torch.rand(3,1,1).double()+1)
+    assert folded(net, x, others=[(x[:1],), (x[...,:5],)]).n_folded==1
+
+def test_a_bn_inside_of_vmap_stays():
+    net = randomize_bn(Net(in_vmap, c=conv(), b=bn())).double()
+    [row] = folded(net, x).rows
+    assert row.kind=='does more' and '`permute`' in row.reason
+
+def test_a_map_does_not_pass_a_function_that_is_transformed_unseen():
+    net = randomize_bn(Net(between_vmap, c=conv(k=1), b0=bn(3))).double()
+    report = folded(net, x)
+    assert report.n_folded==0 or report.rows[0].how=='forward'
+
+# --- what was compiled -----------------------------------------------------------------------------
+
+def compiled_bn(net): net[1] = torch.compile(net[1], backend='eager')
+def compiled_conv(net): net[0] = torch.compile(net[0], backend='eager')
+def compiled_block(net): net[2] = torch.compile(nn.Sequential(net[2]), backend='eager')
+
+@pytest.mark.parametrize('compiled', [compiled_bn, compiled_conv, compiled_block])
+@pytest.mark.parametrize('inplace', [False, True])
+def test_what_was_compiled_has_the_name_that_its_user_gave_it(compiled, inplace):
+    net = stack(1).double()
+    compiled(net)
+    before,folder = net(x),BNFolder()
+    new = folder.fold(net, x, inplace=inplace)
+    [row] = folder.report.rows
+    assert (row.bn, row.into)==('1', ['0'])
+    assert max_err([before], [new(x)])<1e-12
+
+def test_a_compiled_model_has_the_names_of_its_parts():
+    net = torch.compile(stack(2).double(), backend='eager')
+    assert [row.bn for row in folded(net, x).rows]==['1','4']
 
 # --- constants -------------------------------------------------------------------------------------
 

@@ -70,6 +70,7 @@ def view(self:Affine, *shape) -> Affine:
 @patch
 def aligned(self:Affine, ndim:int) -> Affine:
     "Scale and shift in one shape with `ndim` dimensions, those that are missing in front"
+    if self.scale.shape==self.shift.shape and self.scale.ndim==ndim: return self
     scale,shift = torch.broadcast_tensors(self.scale, self.shift)
     return Affine(scale, shift).view((1,)*(ndim-scale.ndim) + scale.shape)
 

@@ -8,6 +8,7 @@ __all__ = ['bn_ops', 'movement_ops', 'ops', 'op_of', 'op_name', 'has_schema', 'a
 
 # %% ../../nbs/fold/01_ops.ipynb #bc708852
 import torch
+from functools import lru_cache
 from torch.fx import Node, GraphModule
 from torch.utils._pytree import tree_flatten
 
@@ -33,12 +34,17 @@ def has_schema(node:Node) -> bool:
     "Is `node` a call of an operator that describes itself?"
     return node.op=='call_function' and hasattr(node.target, '_schema')
 
+@lru_cache(maxsize=None)
+def _defaults(target):
+    "The names of the arguments of an operator, and what they are where they are not given"
+    return [(arg.name, arg.default_value if arg.has_default_value() else None) for arg in target._schema.arguments]
+
 def arguments(node:Node) -> dict:
     "The arguments of an operator's node by name, defaults included"
-    def given(i, arg):
-        if i<len(node.args): return node.args[i]
-        return node.kwargs.get(arg.name, arg.default_value if arg.has_default_value() else None)
-    return {arg.name: given(i, arg) for i,arg in enumerate(node.target._schema.arguments)}
+    given = dict(_defaults(node.target))
+    given.update(zip(given, node.args))
+    given.update(node.kwargs)
+    return given
 
 def nodes_in(arg) -> list:
     "All nodes in an argument, whatever lists hold them"

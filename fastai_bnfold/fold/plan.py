@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from ..errors import *
 from .affine import *
 from .ops import *
-from .inputs import dotted
+from .inputs import *
 from .program import *
 from .state import *
 from .rules.registry import *
@@ -58,16 +58,22 @@ class BN:
         return links
 
 # %% ../../nbs/fold/08_plan.ipynb #e6a57347
+_broken = 'not finite'
+
 def _check_numbers(args, tensors, path):
-    "A `StatisticsError` if the statistics and parameters of a BN are no numbers to compute with"
+    "A `Stop` if the statistics and parameters of a BN are no numbers to compute with"
     for name,x in tensors.items():
         n_bad = int((~torch.isfinite(x)).sum())
-        if n_bad: raise StatisticsError(
+        if n_bad: raise Stop(
             f"`{path}.{name}` has {n_bad} values that are not finite numbers (of {x.numel()}). Expected: finite statistics and parameters. "
-            "The training has probably diverged: restore a good checkpoint, or reset this layer's statistics.")
+            "The training has probably diverged: restore a good checkpoint, or reset this layer's statistics.", _broken)
     var = tensors['running_var']+args['eps']
-    if not (var>0).all(): raise StatisticsError(
-        f"`{path}.running_var` + eps is not positive everywhere (smallest: {float(var.min()):g}): this BN divides by zero.")
+    if not (var>0).all(): raise Stop(
+        f"`{path}.running_var` + eps is not positive everywhere (smallest: {float(var.min()):g}): this BN divides by zero.", _broken)
+
+def _check_some(bns):
+    "A `StatisticsError` if no BN has numbers to compute with: the model is none to use"
+    if bns and all(bn.kind==_broken for bn in bns): raise StatisticsError(bns[0].reason)
 
 _bn_tensors = 'running_mean','running_var','weight','bias'
 
@@ -138,7 +144,9 @@ def _check_hooks(module):
 def _source_of(view, node):
     "What a BN (of a constant, perhaps), or another constant map, reads"
     if is_bn(node): return arguments(node)['input']
-    return next(i for i in node.all_input_nodes if not view.is_const(i))
+    values = [i for i in node.all_input_nodes if not view.is_const(i)]
+    if not values: raise _more(view, node, f"it applies `{op_name(node)}`")
+    return values[0]
 
 def _chain_of(view, call):
     "The chain that `call` runs, and its submodules afterwards; `Stop` if it does anything else"
@@ -191,7 +199,7 @@ def _modules_with(view):
 def _of_no_input(node):
     "Why the BN of a constant stays"
     if not running(node): return 'what it normalizes (a weight, perhaps), by statistics of its own, is a constant of the model'
-    return ("what it normalizes comes from no operation that was traced: it was computed outside of PyTorch (by NumPy, say) or inside a function of `torch.func`, "
+    return ("what it normalizes comes from no operation that was traced: it was computed outside of PyTorch (by NumPy, say), "
         "or is a tensor that no module has registered")
 
 def bns_in_modules(view) -> list:
@@ -519,7 +527,7 @@ def _follow(rows):
 def _never_ran(program, model):
     "A row for every BN of the model that did not run"
     ran = {call.path for call in program.calls}
-    return [Row(path, live=False, reason='it never ran on the example batch in eval mode', kind='never ran') for path,module in model.named_modules()
+    return [Row(path, live=False, reason='it never ran on the example batch in eval mode', kind='never ran') for module,path in paths_of(model).items()
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and path not in ran]
 
 # %% ../../nbs/fold/08_plan.ipynb #29fa7e77
@@ -562,6 +570,7 @@ def make_plan(
 ) -> FoldPlan:
     "For every BN of the program: where it goes, or why it stays. The program is not changed"
     bns = bns_of(View(program))
+    _check_some([bn for bn in bns if bn.is_bn])
     for bn in bns:
         if bn.path in (without or {}): bn.reason,bn.kind = without[bn.path]
     planner = _Planner(program, costly, clamps)

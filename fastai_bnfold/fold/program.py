@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.fx.experimental.proxy_tensor import make_fx, get_proxy_mode
 from torch.utils._pytree import tree_flatten, tree_map
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from ..errors import *
@@ -35,6 +36,9 @@ class _Calls:
     "Hooks that tie the nodes of a graph in the making to the calls of modules"
     def __init__(self, paths): self.paths,self.owner,self.calls,self.stack = paths,{},[],[]
 
+    def forget(self):
+        "Begin anew"
+        for noted in (self.owner, self.calls, self.stack): noted.clear()
     def enter(self, module, _):
         if get_proxy_mode() is None or module not in self.paths: return
         call = Call(self.paths[module], module, self.stack[-1][0] if self.stack else None)
@@ -173,7 +177,8 @@ class _Values(_Asked):
         return isinstance(self._vals.get(node), Tensor)
     def users(self, node:Node) -> list:
         "The nodes that read the value of `node`, not only its shape or dtype"
-        return [user for user in node.users if not reads_shape_only(user, node)]
+        if node not in self._users: self._users[node] = [user for user in node.users if not reads_shape_only(user, node)]
+        return self._users[node]
     def writes(self, node:Node) -> bool:
         "Does `node` write into its input when the model runs?"
         if writes(node): return True
@@ -212,6 +217,9 @@ class _Homes(_Values):
         return path if self.is_alone(node) else dotted(path, op_name(node))
     def where(self, node:Node) -> str:
         "`node` in words: the layer if it is one, else the op and the module whose `forward` calls it"
+        if node not in self._words: self._words[node] = self._in_words(node)
+        return self._words[node]
+    def _in_words(self, node):
         if node in self._tensors: return "a constant or parameter"
         if node.op=='placeholder': return "the model's input"
         if node.op=='output': return "the model's output" + (" or whoever keeps it after the run" if self.kept else '')
@@ -247,7 +255,7 @@ class Program(_Homes):
         self._tensors,self._places,self._vals,self._owner,self.calls = tensors,places,vals,owner,calls
         self._set_calls(); self._set_memory(); self._set_constants(); self._set_values(); self._set_operations(); self._set_readers()
         self._named = {self.name_of(tensor): tensor for tensor in tensors.values()}
-        self.answers,self._numbers,self._largest = {},{},{} # what was asked for already
+        self.answers,self._numbers,self._largest,self._users,self._words = {},{},{},{},{} # what was asked for already
 
 # %% ../../nbs/fold/03_program.ipynb #d266379f
 @patch
@@ -397,6 +405,16 @@ def _cannot_trace(error) -> TraceError:
         "Fold an export of it: `BNFolder().fold_graph(torch.export.export(model, args))`.")
     return TraceError(f"The model does not run under the tracer: {type(error).__name__}: {error}")
 
+def _traced(f, inputs, pre_dispatch):
+    try: return make_fx(f, pre_dispatch=pre_dispatch, _error_on_data_dependent_ops=False)(*map(torch.clone, inputs))
+    except Exception as e: raise _cannot_trace(e) from e
+
+def _transforms(gm) -> bool:
+    "Does `forward` transform functions (`torch.func.vmap`, `jvp`, `grad`)? Their tensors stand in the graph as constants then, or the operators that make them"
+    constants = [getattr(gm, node.target) for node in gm.graph.nodes if node.op=='get_attr']
+    wrapped = any(isinstance(o, Tensor) and is_functorch_wrapped_tensor(o) for o in constants)
+    return wrapped or any(op_name(node) in ('_make_dual','_unpack_dual') for node in gm.graph.nodes)
+
 def program_of(
     model:nn.Module,
     args:tuple,          # Positional arguments
@@ -414,8 +432,11 @@ def program_of(
         seen['kept'] = _still_alive([*seen['out'], *tensors])
         return seen['out']+seen['kept']
     with evaluating(model), uncompiled(model), nullcontext() if inplace else out_of_place(model), calls.recording(), tracing(TracingContext(notes)):
-        try: gm = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)(*map(torch.clone, inputs))
-        except Exception as e: raise _cannot_trace(e) from e
+        gm = _traced(run, inputs, pre_dispatch=True)
+        if _transforms(gm): # what runs inside cannot be told in PyTorch's own words, but in those of its kernels
+            calls.forget()
+            gm = _traced(run, inputs, pre_dispatch=False)
+            gm.graph.eliminate_dead_code()
     nodes = list(gm.graph.nodes)
     results = tree_flatten(nodes[-1].args)[0]
     if not all(isinstance(o, Node) for o in results):

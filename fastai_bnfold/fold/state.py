@@ -167,6 +167,7 @@ class View:
     "A program as it is in a state; `looked`: the nodes and names of parameters whose state was asked for"
     def __init__(self, program:Program, state:State=State(), looked:set=None):
         self.program,self.state,self.looked = program,state,set() if looked is None else looked
+        self.sums = {} # node → the sum in which it is a part, once that was taken apart
     def __getattr__(self, name): return getattr(self.program, name) # all that no state changes
 
     def stored(self, node:Node) -> Tensor:

@@ -6,6 +6,7 @@
 __all__ = ['value_of', 'gamma_of', 'norm_backward', 'layer_norm_backward', 'norm_forward']
 
 # %% ../../../nbs/fold/rules/02_norms.ipynb #766534fd
+from math import isfinite
 from torch.fx import Node
 from ..affine import *
 from ..ops import *
@@ -48,5 +49,6 @@ def norm_forward(view, node, amap, source):
     args = arguments(node)
     if not running(node): raise Stop(f"{view.where(node)}, which normalizes by the statistics of the batch", 'statistics of the batch')
     mean,var = view.const(args['running_mean']),view.const(args['running_var'])
+    if not isfinite((mean+var.rsqrt()).sum()): raise Stop(f"{view.where(node)}, whose statistics are no finite numbers", 'not finite')
     gamma = gamma_of(view, node, amap, mean=mean, std=(var+args['eps']).sqrt())
     return [Absorb(gamma, 'in', per_channel(view, node, amap, 1-_ndim(view, node)), node)]

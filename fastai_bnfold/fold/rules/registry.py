@@ -78,6 +78,7 @@ def meets_one(met:Tensor, places:Tensor, part:Tensor) -> bool:
 def unbroadcast(view, node, source, amap:Affine) -> Affine:
     "`amap`, which acts on the output of `node`, for its input `source` that is broadcast to it"
     amap,shape = amap.aligned(len(view.shape(node))),view.shape(source)
+    if shape==view.shape(node): return amap
     extra = amap.scale.ndim-len(shape)
     sizes = amap.scale.shape
     repeated = any(size>1 and own==1 for size,own in zip(sizes[extra:], shape))
