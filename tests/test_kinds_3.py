@@ -310,6 +310,45 @@ def test_reasons(name):
     [row] = folder.report.rows
     assert not row.folded and words in row.reason
 
+# --- what runs is the same, in other kernels, or more often ----------------------------------------
+
+class Sequences(nn.Module):
+    "A BN over the features of sequences, items × length × features: without it the next layer reads values that lie otherwise in memory"
+    def __init__(self, after):
+        super().__init__()
+        self.before,self.bn,self.after = nn.Linear(5,6),nn.BatchNorm1d(6),after
+    def forward(self, x):
+        out = self.after(self.bn(self.before(x).transpose(1,2)).transpose(1,2).relu())
+        return out[0] if isinstance(out, tuple) else out
+
+class Attention(nn.Module):
+    def forward(self, x): return F.scaled_dot_product_attention(x, x, x)
+
+afters = {'linear': lambda: nn.Linear(6,2), 'linear without bias': lambda: nn.Linear(6,2,bias=False), 'lstm': lambda: nn.LSTM(6,4,batch_first=True),
+    'gru': lambda: nn.GRU(6,4), 'attention': Attention, 'two layers': lambda: nn.Sequential(nn.Linear(6,6), nn.LayerNorm(6))}
+
+@pytest.mark.parametrize('inplace', [False, True])
+@pytest.mark.parametrize('after', afters)
+def test_layers_that_choose_their_kernels_by_where_numbers_lie(after, inplace):
+    net = randomize_bn(Sequences(afters[after]())).double().eval()
+    sequences = torch.randn(3,7,5).double()
+    before,folder = net(sequences),BNFolder()
+    new = folder.fold(net, sequences, inplace=inplace)
+    assert folder.report.n_folded==1 and max_err([before], [new(sequences)])<1e-12
+
+def one_by_one(m, x): return torch.cat([m.b(m.c(item[None])) for item in x])
+def in_pieces(m, x): return torch.cat([m.b(m.c(item)).relu() for item in x.split(1)])
+
+@pytest.mark.parametrize('forward', [one_by_one, in_pieces])
+def test_one_call_for_each_item(forward):
+    net = randomize_bn(Net(forward, c=conv(), b=bn())).double()
+    assert folded(net, x, others=[(x[:1],), (torch.cat([x,x]),)]).n_folded==1
+
+def test_a_layer_that_is_called_out_of_proportion_for_another_batch():
+    net = Net(lambda m,x: one_by_one(m, x) if len(x)>1 else one_by_one(m, x)+m.c(x), c=conv(), b=bn())
+    [row] = folded(randomize_bn(net).double(), x, others=[(x[:1],)]).rows
+    assert not row.folded and 'goes another way' in row.reason
+
 # --- functions of functions ------------------------------------------------------------------------
 
 def in_vmap(m, x): return torch.func.vmap(lambda z: m.b(m.c(z[None]))[0])(x)
