@@ -216,6 +216,7 @@ in_place = {
     "the model's input": (lambda m,x: x, lambda m,y: 0, False),
     'a view of the input': (lambda m,x: x.view(x.shape), lambda m,y: 0, False),
     'read before': (lambda m,x: x.sin(), lambda m,y: y.mean(), True),
+    'a parameter': (lambda m,x: m.p.expand_as(x), lambda m,y: 0, False),
     'repeated, not copied': (lambda m,x: x[:,:1].sin().expand(-1,3,-1,-1), lambda m,y: 0, False),
 }
 @pytest.mark.parametrize('name', in_place)

@@ -147,7 +147,11 @@ def test_functions_of_functions():
     net = Net(lambda m,x: m.b2(m.d(m.b(torch.vmap(lambda a: a*2)(m.c(x))).sin())), c=conv(), b=bn(), d=conv(8,8), b2=bn())
     report = folded_graph(exported(net, x), x)
     assert [row.folded for row in report.rows]==[False,True]
-    with pytest.raises(TraceError, match='operation by operation'): BNFolder().fold(Net(lambda m,x: torch.func.jvp(lambda z: m.b(m.c(z)), (x,), (x,))[1], c=conv(), b=bn()), x)
+
+def test_a_bn_of_which_the_derivative_is_taken():
+    net = randomize_bn(Net(lambda m,x: torch.func.jvp(lambda z: m.b(m.c(z)), (x,), (x,))[1], c=conv(), b=bn())).double()
+    [row] = folded(net, x).rows
+    assert not row.folded and row.kind=='does more'
 
 # --- what a model's run changes --------------------------------------------------------------------
 

@@ -104,6 +104,35 @@ def test_one_that_is_no_number(spoil):
     kept_alone(folded(net, x), 'not finite')
     kept_alone(folded_graph(exported(net, x), x), 'not finite')
 
+def nan_mean(bn): bn.running_mean[1] = float('nan')
+def infinite_mean(bn): bn.running_mean[1] = float('inf')
+def infinite_variance(bn): bn.running_var[0] = float('inf')
+def negative_variance(bn): bn.running_var[2] = -1
+def nan_gamma(bn): bn.weight.data[0] = float('nan')
+def infinite_beta(bn): bn.bias.data[0] = -float('inf')
+broken = nan_mean,infinite_mean,infinite_variance,negative_variance,nan_gamma,infinite_beta
+
+@pytest.mark.parametrize('spoil', broken)
+@pytest.mark.parametrize('at', [1,4,10])
+def test_a_bn_with_broken_statistics_stays_and_the_others_go(spoil, at):
+    net = stack().double()
+    with torch.no_grad(): spoil(net[at])
+    for report in (folded(net, x), folded_graph(exported(net, x), x)):
+        assert (report.n_folded, report.n_bn)==(3, 4)
+        [row] = report.kept
+        assert row.bn==str(at) and row.kind=='not finite' and (f'`{at}.' in row.reason)
+
+def test_a_map_does_not_go_into_a_bn_with_broken_statistics():
+    net = randomize_bn(nn.Sequential(nn.AvgPool2d(2), bn(3), nn.AvgPool2d(2), bn(3))).double().eval()
+    net[3].running_var[1] = float('nan')
+    assert folded(net, x).n_folded==0
+
+def test_a_model_in_which_all_is_broken_is_refused():
+    net = stack().double()
+    for layer in net:
+        if isinstance(layer, nn.BatchNorm2d): nan_mean(layer)
+    with pytest.raises(StatisticsError, match='diverged'): BNFolder().fold(net, x)
+
 # --- what weights are computed from ----------------------------------------------------------------
 
 def weight_norm(net): parametrizations.weight_norm(net.c)
@@ -266,8 +295,7 @@ def test_a_sum_of_branches_is_taken_apart_once_for_each(monkeypatch, n):
 # --- reasons ---------------------------------------------------------------------------------------
 
 def behind_numpy(m, x): return m.b(torch.from_numpy(m.c(x).numpy()))
-def in_vmap(m, x): return torch.func.vmap(lambda z: m.b(m.c(z[None]))[0])(x)
-reasons = {'numpy': (behind_numpy, 'outside of PyTorch (by NumPy'), 'vmap': (in_vmap, '`torch.func`'), 'constant': (lambda m,x: m.b(m.k)+x.mean(), 'constant of the model'),
+reasons = {'numpy': (behind_numpy, 'outside of PyTorch (by NumPy'),
     'divisor': (lambda m,x: m.b(F.avg_pool2d(m.c(x), 2, divisor_override=3)), '`divisor_override`'),
     'matrix on the left': (lambda m,x: m.b((m.w@m.c(x).flatten(2)).unflatten(2, (6,6))), 'stands on the left'),
     'two values': (lambda m,x: m.b(m.c(x)@m.c(x)), 'product of two values')}
@@ -281,6 +309,94 @@ def test_reasons(name):
     folder.fold(net, x)
     [row] = folder.report.rows
     assert not row.folded and words in row.reason
+
+# --- what runs is the same, in other kernels, or more often ----------------------------------------
+
+class Sequences(nn.Module):
+    "A BN over the features of sequences, items × length × features: without it the next layer reads values that lie otherwise in memory"
+    def __init__(self, after):
+        super().__init__()
+        self.before,self.bn,self.after = nn.Linear(5,6),nn.BatchNorm1d(6),after
+    def forward(self, x):
+        out = self.after(self.bn(self.before(x).transpose(1,2)).transpose(1,2).relu())
+        return out[0] if isinstance(out, tuple) else out
+
+class Attention(nn.Module):
+    def forward(self, x): return F.scaled_dot_product_attention(x, x, x)
+
+afters = {'linear': lambda: nn.Linear(6,2), 'linear without bias': lambda: nn.Linear(6,2,bias=False), 'lstm': lambda: nn.LSTM(6,4,batch_first=True),
+    'gru': lambda: nn.GRU(6,4), 'attention': Attention, 'two layers': lambda: nn.Sequential(nn.Linear(6,6), nn.LayerNorm(6))}
+
+@pytest.mark.parametrize('inplace', [False, True])
+@pytest.mark.parametrize('after', afters)
+def test_layers_that_choose_their_kernels_by_where_numbers_lie(after, inplace):
+    net = randomize_bn(Sequences(afters[after]())).double().eval()
+    sequences = torch.randn(3,7,5).double()
+    before,folder = net(sequences),BNFolder()
+    new = folder.fold(net, sequences, inplace=inplace)
+    assert folder.report.n_folded==1 and max_err([before], [new(sequences)])<1e-12
+
+def one_by_one(m, x): return torch.cat([m.b(m.c(item[None])) for item in x])
+def in_pieces(m, x): return torch.cat([m.b(m.c(item)).relu() for item in x.split(1)])
+
+@pytest.mark.parametrize('forward', [one_by_one, in_pieces])
+def test_one_call_for_each_item(forward):
+    net = randomize_bn(Net(forward, c=conv(), b=bn())).double()
+    assert folded(net, x, others=[(x[:1],), (torch.cat([x,x]),)]).n_folded==1
+
+def test_a_layer_that_is_called_out_of_proportion_for_another_batch():
+    net = Net(lambda m,x: one_by_one(m, x) if len(x)>1 else one_by_one(m, x)+m.c(x), c=conv(), b=bn())
+    [row] = folded(randomize_bn(net).double(), x, others=[(x[:1],)]).rows
+    assert not row.folded and 'goes another way' in row.reason
+
+# --- functions of functions ------------------------------------------------------------------------
+
+def in_vmap(m, x): return torch.func.vmap(lambda z: m.b(m.c(z[None]))[0])(x)
+def behind_vmap(m, x): return m.b(m.c(torch.func.vmap(lambda z: z.softmax(0)*m.k)(x)))
+def between_vmap(m, x): return m.c(torch.func.vmap(torch.relu)(m.b0(x)))
+def tangent(m, x): return m.b(m.c(torch.func.jvp(torch.sin, (x,), (torch.ones_like(x),))[1]))
+def value_of_jvp(m, x): return m.b(m.c(torch.func.jvp(torch.sin, (x,), (torch.ones_like(x),))[0]))
+def cotangent(m, x): return m.b(m.c(torch.func.vjp(torch.sin, x)[1](torch.ones_like(x))[0]))
+def gradient(m, x): return m.b(m.c(torch.func.grad(lambda z: z.sin().sum())(x)))
+def jacobian(m, x): return m.b(m.c(torch.func.vmap(torch.func.jacrev(lambda z: z.mean().sin()))(x)))
+def nested(m, x): return m.b(m.c(torch.func.vmap(torch.func.grad(lambda z: z.sin().sum()))(x)))
+
+@pytest.mark.parametrize('forward', [behind_vmap, tangent, value_of_jvp, cotangent, gradient, jacobian, nested])
+def test_functions_that_are_transformed(forward):
+    net = randomize_bn(Net(forward, c=conv(), b=bn())).double()
+    net.k = nn.Parameter(torch.rand(3,1,1).double()+1)
+    assert folded(net, x, others=[(x[:1],), (x[...,:5],)]).n_folded==1
+
+def test_a_bn_inside_of_vmap_stays():
+    net = randomize_bn(Net(in_vmap, c=conv(), b=bn())).double()
+    [row] = folded(net, x).rows
+    assert row.kind=='does more' and '`permute`' in row.reason
+
+def test_a_map_does_not_pass_a_function_that_is_transformed_unseen():
+    net = randomize_bn(Net(between_vmap, c=conv(k=1), b0=bn(3))).double()
+    report = folded(net, x)
+    assert report.n_folded==0 or report.rows[0].how=='forward'
+
+# --- what was compiled -----------------------------------------------------------------------------
+
+def compiled_bn(net): net[1] = torch.compile(net[1], backend='eager')
+def compiled_conv(net): net[0] = torch.compile(net[0], backend='eager')
+def compiled_block(net): net[2] = torch.compile(nn.Sequential(net[2]), backend='eager')
+
+@pytest.mark.parametrize('compiled', [compiled_bn, compiled_conv, compiled_block])
+@pytest.mark.parametrize('inplace', [False, True])
+def test_what_was_compiled_has_the_name_that_its_user_gave_it(compiled, inplace):
+    net = stack(1).double()
+    compiled(net)
+    before,folder = net(x),BNFolder()
+    new = folder.fold(net, x, inplace=inplace)
+    [row] = folder.report.rows
+    assert (row.bn, row.into)==('1', ['0'])
+    assert max_err([before], [new(x)])<1e-12
+
+def test_a_compiled_model_has_the_names_of_its_parts():
+    net = torch.compile(stack(2).double(), backend='eager')
+    assert [row.bn for row in folded(net, x).rows]==['1','4']
 
 # --- constants -------------------------------------------------------------------------------------
 
@@ -315,13 +431,41 @@ def test_a_constant_cut_to_a_dynamic_size(forward):
     assert 'rule failed' not in ''.join(row.kind for row in report.rows)
     assert report.n_folded==(0 if forward is factor else 1)
 
-def test_bn_of_an_expanded_parameter_says_that_it_depends_on_no_input():
-    class Prompt(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.p,self.bn,self.conv = nn.Parameter(torch.randn(1,3,1,1)),bn(3),conv(3, 5)
-        def forward(self, x): return self.conv(self.bn(self.p.expand_as(x)))+x.mean()
-    net = randomize_bn(Prompt()).eval()
+def pieces_of(m): return [m.p[:,:1], m.q.view(1,3,1,1)[:,:2]]
+
+prompts = {
+    'expanded to an input': lambda m,x: m.p.expand_as(x), 'expanded to its items': lambda m,x: m.p.expand(len(x), -1, -1, -1),
+    'as it is': lambda m,x: m.p, 'repeated': lambda m,x: m.p.repeat(len(x), 1, 1, 1),
+    'plus nothing': lambda m,x: m.p+0*x, 'plus zeros': lambda m,x: m.p+torch.zeros_like(x),
+    'a view': lambda m,x: m.q.view(1,3,1,1).expand_as(x), 'permuted': lambda m,x: m.r.permute(2,0,1)[None].expand_as(x),
+    'a piece': lambda m,x: m.two.chunk(2, 1)[0].expand_as(x), 'two side by side': lambda m,x: torch.cat(pieces_of(m), 1).expand_as(x),
+    'behind a layer': lambda m,x: m.c0(m.p.expand_as(x)), 'behind a function': lambda m,x: m.p.relu().expand_as(x),
+    'a buffer': lambda m,x: m.fixed.expand_as(x)}
+
+class Prompted(nn.Module):
+    "Reads nothing of its input but the size"
+    def __init__(self, prompt):
+        super().__init__()
+        self.prompt,self.bn,self.c0,self.conv = prompt,bn(3),conv(3, 3, k=1),conv(3, 5, k=1)
+        sizes = dict(p=(1,3,1,1), q=(3,), r=(1,1,3), two=(1,6,1,1))
+        for name,size in sizes.items(): setattr(self, name, nn.Parameter(torch.randn(size)))
+        self.register_buffer('fixed', torch.randn(1,3,1,1))
+    def forward(self, x): return self.conv(self.bn(self.prompt(self, x)))+x.mean()
+
+@pytest.mark.parametrize('prompt', prompts)
+def test_bn_of_parameters_goes(prompt):
+    net = randomize_bn(Prompted(prompts[prompt])).double().eval()
+    image = torch.randn(2,3,9,9).double()
+    assert folded(net, image, others=[(image[:1],), (image[...,:5],)]).n_folded==1
+
+def test_bn_of_a_parameter_that_others_read_stays():
+    net = randomize_bn(Prompted(lambda m,x: m.p*x.mean()+m.bn(m.p).sin())).double().eval()
+    net.forward = lambda x: net.prompt(net, x)
     before = net.p.detach().clone()
-    report = folded(net, torch.randn(2,3,9,9))
-    assert [row.kind for row in report.kept]==['constant'] and torch.equal(net.p, before)
+    [row] = folded(net, torch.randn(2,3,9,9).double()).rows
+    assert 'shared weight' in row.kind and torch.equal(net.p, before)
+
+def test_a_weight_that_is_standardized_is_a_constant():
+    def forward(m, x): return F.conv2d(x, F.batch_norm(m.c.weight.flatten(1)[None], None, None, training=True).view_as(m.c.weight))
+    [row] = folded(Net(forward, c=conv()), x).rows
+    assert row.kind=='constant' and 'constant of the model' in row.reason

@@ -8,6 +8,7 @@ __all__ = ['patch', 'Affine', 'affine_of_bn', 'collapsed', 'compress', 'joined',
 
 # %% ../../nbs/fold/00_affine.ipynb #7fc35ae1
 from dataclasses import dataclass
+from functools import cached_property
 import torch, torch.fx, torch.nn.functional as F
 from torch import Tensor, inf, nn
 from ..errors import *
@@ -69,6 +70,7 @@ def view(self:Affine, *shape) -> Affine:
 @patch
 def aligned(self:Affine, ndim:int) -> Affine:
     "Scale and shift in one shape with `ndim` dimensions, those that are missing in front"
+    if self.scale.shape==self.shift.shape and self.scale.ndim==ndim: return self
     scale,shift = torch.broadcast_tensors(self.scale, self.shift)
     return Affine(scale, shift).view((1,)*(ndim-scale.ndim) + scale.shape)
 
@@ -82,7 +84,8 @@ def is_like(self:Affine, other:Affine) -> bool:
     def close(x, y): return torch.isclose(*torch.broadcast_tensors(x, y), rtol=1e-12, atol=1e-300).all()
     return bool(close(self.scale, other.scale) and close(self.shift, other.shift))
 
-Affine.is_identity = property(_is_identity)
+Affine.is_identity = cached_property(_is_identity) # (asked again and again, and no map ever changes)
+Affine.is_identity.__set_name__(Affine, 'is_identity')
 
 # %% ../../nbs/fold/00_affine.ipynb #5c1d13c3
 def _range(x, dim):
@@ -91,18 +94,23 @@ def _range(x, dim):
     hi = torch.where(x.isnan(), -inf, x).amax(dim, keepdim=True)
     return lo, hi
 
-def _is_constant(x, first, keep):
+def _is_constant(x, first, nan_alike):
     same = x==first
-    return bool(same.all()) or keep and bool((same | (x.isnan() & first.isnan())).all())
+    return bool(same.all()) or nan_alike and bool((same | (x.isnan() & first.isnan())).all())
+
+def _is_open(amap):
+    "Is there an entry that may be anything?"
+    return bool((amap.scale.sum()+amap.shift.sum()).isnan()) and bool(amap.scale.isnan().any() or amap.shift.isnan().any())
 
 def collapsed(amap:Affine, keep:bool=False) -> Affine:
     "`amap` with every dimension along which it is constant reduced to 1; an entry that is NaN may be anything, or stays if `keep`"
-    scale,shift = amap.scale,amap.shift
+    scale,shift,is_open = amap.scale,amap.shift,_is_open(amap)
     for dim in range(scale.ndim):
         if scale.shape[dim]==1: continue
         first_s,first_t = scale.narrow(dim, 0, 1),shift.narrow(dim, 0, 1)
-        if _is_constant(scale, first_s, keep) and _is_constant(shift, first_t, keep): scale,shift = first_s,first_t; continue
-        if keep or not (scale.isnan().any() or shift.isnan().any()): continue
+        alike = all(_is_constant(x, first, keep and is_open) for x,first in ((scale, first_s), (shift, first_t)))
+        if alike: scale,shift = first_s,first_t; continue
+        if keep or not is_open: continue
         (lo,hi),(low,high) = _range(scale, dim),_range(shift, dim)
         if not ((lo>=hi).all() and (low>=high).all()): continue
         scale = torch.where(lo>hi, torch.nan, hi)
@@ -112,6 +120,7 @@ def collapsed(amap:Affine, keep:bool=False) -> Affine:
 def compress(amap:Affine) -> Affine:
     "`collapsed`; what may still be anything becomes an identity"
     amap = collapsed(amap)
+    if not _is_open(amap): return amap
     return Affine(torch.where(amap.scale.isnan(), 1., amap.scale), torch.where(amap.shift.isnan(), 0., amap.shift))
 
 def _joined(x, y):

@@ -33,7 +33,7 @@ class Swaps:
         "Plan that every module of `model` that is a key of `new` is replaced by its value, wherever it is registered"
         for module in model.modules():
             for name,child in module._modules.items():
-                inner = getattr(child, '_orig_mod', child) # what `torch.compile` wraps goes with its wrapper
+                inner = unwrapped(child) if child is not None else None # (what `torch.compile` wraps goes with its wrapper)
                 if inner in new: self.add(module._modules, name, new[inner])
     def redo(self):
         "Put the new values in place"
@@ -122,7 +122,7 @@ def _forget_hook(module, i, hook, keep):
 
 def computed_layers(model:nn.Module) -> set:
     "The paths of the modules whose weights are computed anew at every call"
-    return {path for path,m in model.named_modules() if _hooks_that_compute(m) or _parametrized(m)}
+    return {path for m,path in paths_of(model).items() if _hooks_that_compute(m) or _parametrized(m)}
 
 def without_parametrization(
     module:nn.Module,
@@ -166,7 +166,7 @@ def _in_place_of(old, new):
 
 def _module_of(model, full):
     path,_,name = full.rpartition('.')
-    return model.get_submodule(path), name
+    return module_at(model, path), name
 
 def _is_source(path, name):
     "Is this what a weight is computed from?"
@@ -198,11 +198,11 @@ def swaps_for(
     "All that applying `steps` changes in `model`"
     swaps,new,paths = Swaps(),{},paths_of(model)
     for edit in all_edits(steps, Rebound):
-        old = model.get_submodule(edit.path)
+        old = module_at(model, edit.path)
         new[old] = _in_place_of(old, clamp_of(program, edit, dtype))
     _swap_parameters(model, swaps, parameters, new, _read_sources(program))
     for step in sorted(steps, key=lambda step: bool(step.children)): # submodules that go themselves first
-        bn = model.get_submodule(step.path)
+        bn = module_at(model, step.path)
         kept = OrderedDict((name, new.get(bn._modules[name], bn._modules[name])) for name in step.children)
         new[bn] = _in_place_of(bn, nn.Sequential(kept) if kept else nn.Identity())
     swaps.add_modules(model, new)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['map_tensors', 'plain', 'fresh', 'first_items', 'as_args', 'leaves', 'tensors_of', 'values_of', 'describe',
            'constants_in', 'check_dense', 'same_random', 'surely', 'hooks', 'write_back', 'dotted', 'paths_of',
-           'evaluating', 'uncompiled', 'cannot_run', 'run']
+           'unwrapped', 'module_at', 'evaluating', 'uncompiled', 'cannot_run', 'run']
 
 # %% ../../nbs/fold/02_inputs.ipynb #5082ad9f
 import copy, random, sys, torch, warnings
@@ -205,9 +205,23 @@ def dotted(*parts:str) -> str:
     "A path; empty parts (the model itself has an empty path) are left out"
     return '.'.join(filter(None, parts))
 
+_wrapped = '_orig_mod' # as which `torch.compile` holds what it compiled
+
 def paths_of(model:nn.Module) -> dict:
-    "Module → its first path"
-    return {module: path for path,module in model.named_modules()}
+    "Module → its first path; what was compiled has that of its wrapper"
+    def shown(path): return '.'.join(part for part in path.split('.') if part!=_wrapped)
+    return {module: shown(path) for path,module in model.named_modules()}
+
+def unwrapped(module:nn.Module) -> nn.Module:
+    "What `torch.compile` wraps; other modules as they are"
+    while _wrapped in vars(module).get('_modules', {}): module = module._modules[_wrapped]
+    return module
+
+def module_at(model:nn.Module, path:str) -> nn.Module:
+    "The module of this path, as in `paths_of`"
+    module = unwrapped(model)
+    for part in filter(None, path.split('.')): module = unwrapped(getattr(module, part))
+    return module
 
 # %% ../../nbs/fold/02_inputs.ipynb #64a0be5c
 def _to_eval(module):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Chain', 'BN', 'bn_map', 'step_map', 'bns_in_modules', 'bns_in_graph', 'bns_in_subgraphs', 'bns_of', 'Step',
-           'all_edits', 'fold_one', 'sites', 'cheapest', 'FoldPlan', 'together', 'make_plan']
+           'all_edits', 'fold_one', 'sites', 'tried', 'cheapest', 'FoldPlan', 'together', 'make_plan']
 
 # %% ../../nbs/fold/08_plan.ipynb #1707e0b0
 import torch
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from ..errors import *
 from .affine import *
 from .ops import *
-from .inputs import dotted
+from .inputs import *
 from .program import *
 from .state import *
 from .rules.registry import *
@@ -58,16 +58,22 @@ class BN:
         return links
 
 # %% ../../nbs/fold/08_plan.ipynb #e6a57347
+_broken = 'not finite'
+
 def _check_numbers(args, tensors, path):
-    "A `StatisticsError` if the statistics and parameters of a BN are no numbers to compute with"
+    "A `Stop` if the statistics and parameters of a BN are no numbers to compute with"
     for name,x in tensors.items():
         n_bad = int((~torch.isfinite(x)).sum())
-        if n_bad: raise StatisticsError(
+        if n_bad: raise Stop(
             f"`{path}.{name}` has {n_bad} values that are not finite numbers (of {x.numel()}). Expected: finite statistics and parameters. "
-            "The training has probably diverged: restore a good checkpoint, or reset this layer's statistics.")
+            "The training has probably diverged: restore a good checkpoint, or reset this layer's statistics.", _broken)
     var = tensors['running_var']+args['eps']
-    if not (var>0).all(): raise StatisticsError(
-        f"`{path}.running_var` + eps is not positive everywhere (smallest: {float(var.min()):g}): this BN divides by zero.")
+    if not (var>0).all(): raise Stop(
+        f"`{path}.running_var` + eps is not positive everywhere (smallest: {float(var.min()):g}): this BN divides by zero.", _broken)
+
+def _check_some(bns):
+    "A `StatisticsError` if no BN has numbers to compute with: the model is none to use"
+    if bns and all(bn.kind==_broken for bn in bns): raise StatisticsError(bns[0].reason)
 
 _bn_tensors = 'running_mean','running_var','weight','bias'
 
@@ -135,6 +141,13 @@ def _check_hooks(module):
     for hook in module._forward_pre_hooks.values():
         if hasattr(hook, 'why_not_affine'): raise Stop(hook.why_not_affine, 'does more')
 
+def _source_of(view, node):
+    "What a BN (of a constant, perhaps), or another constant map, reads"
+    if is_bn(node): return arguments(node)['input']
+    values = [i for i in node.all_input_nodes if not view.is_const(i)]
+    if not values: raise _more(view, node, f"it applies `{op_name(node)}`")
+    return values[0]
+
 def _chain_of(view, call):
     "The chain that `call` runs, and its submodules afterwards; `Stop` if it does anything else"
     nodes = view.ops_of(call)
@@ -143,7 +156,7 @@ def _chain_of(view, call):
     if any(not running(node) for node in bns): raise Stop(
         'it normalizes by the statistics of the batch (no running statistics, or in training mode), which is no fixed map', 'statistics of the batch')
     if len(bns)>1: raise Stop(f"its `forward` (of {call.module._get_name()}) normalizes several times", 'does more')
-    chain = Chain(next(i for i in nodes[0].all_input_nodes if not view.is_const(i)), nodes)
+    chain = Chain(_source_of(view, nodes[0]), nodes)
     value = chain.source
     for node in nodes:
         if [user for user in view.users(value) if user in nodes]!=[node]: raise _more(view, node, 'it reads a value twice')
@@ -183,11 +196,10 @@ def _modules_with(view):
         if has_bn or _may_be_affine(view, call): groups.setdefault(call.module, []).append(call)
     return groups
 
-def _of_no_input(view, node):
+def _of_no_input(node):
     "Why the BN of a constant stays"
-    if all(view.registered(view.tensor(leaf)) for leaf in view.leaves(arguments(node)['input'])):
-        return 'what it normalizes is a constant of the model, which depends on no input'
-    return ("what it normalizes comes from no operation that was traced: it was computed outside of PyTorch (by NumPy, say) or inside a function of `torch.func`, "
+    if not running(node): return 'what it normalizes (a weight, perhaps), by statistics of its own, is a constant of the model'
+    return ("what it normalizes comes from no operation that was traced: it was computed outside of PyTorch (by NumPy, say), "
         "or is a tensor that no module has registered")
 
 def bns_in_modules(view) -> list:
@@ -196,7 +208,7 @@ def bns_in_modules(view) -> list:
     for node in filter(is_bn, view.nodes):
         call = view.call(node)
         if view.is_const(node):
-            found[node] = BN(call.path if call else '(the model itself)', reason=_of_no_input(view, node), kind='constant')
+            found[node] = BN(call.path if call else '(the model itself)', reason=_of_no_input(node), kind='constant')
         elif call is None or call.path=='' and view.children(call):
             found[node] = BN('(the model itself)', reason="it is a bare function call in the model's own `forward`, no module that could be replaced", kind='bare function')
             if running(node): found[node].chains.append(Chain(arguments(node)['input'], [node]))
@@ -206,7 +218,7 @@ def bns_in_modules(view) -> list:
 # %% ../../nbs/fold/08_plan.ipynb #f78d0a5d
 def _bn_in_graph(view, node):
     bn = BN(view.label(node), is_bn=True)
-    if view.is_const(node): bn.reason,bn.kind = _of_no_input(view, node),'constant'
+    if view.is_const(node): bn.reason,bn.kind = _of_no_input(node),'constant'
     elif not running(node): bn.reason,bn.kind = \
         'it normalizes by the statistics of the batch (no running statistics, or in training mode), which is no fixed map','statistics of the batch'
     else:
@@ -328,10 +340,11 @@ def fold_one(
     gone = view.state.without(view.program, links, ())
     if not after.is_identity:
         start = {at: after} if at else {chain.last: after for chain in bn.chains}
-        found += Search(view.program, gone).forward(start)
+        found += Search(view.program, gone, view.looked).forward(start)
+    search = Search(view.program, gone, view.looked)
     if not before.is_identity:
-        found += Search(view.program, gone.without(view.program, {}, found.edits)).backward(_demands(Search(view.program, gone), bn, before, at))
-    search = Search(view.program, gone)
+        then = gone.without(view.program, {}, found.edits)
+        found += Search(view.program, then, view.looked).backward(_demands(search, bn, before, at))
     replaced = {edit.node for edit in found.edits if isinstance(edit, Rebound)}
     if at: found.wanted.pop(at, None) # of the sum *without* the BN it is that map: as it was, if nothing is put off
     for chain in bn.chains:
@@ -342,7 +355,7 @@ def fold_one(
 # %% ../../nbs/fold/08_plan.ipynb #c2cc4a5d
 def _behind_constants(view, bn, amap):
     "If what comes next are sums or products with constants: the value behind them, the map on it that makes up for the BN, and the values in between"
-    search = Search(view.program, view.state)
+    search = Search(view.program, view.state, view.looked)
     node,at,passed = bn.chains[0].last,None,[]
     def plain(user):
         if view.hands_on(user): return True
@@ -373,23 +386,26 @@ def _step(bn, how, found, amap):
     edits = [replace(e, shifts=not some_shift or bool((e.map.shift!=0).any())) if isinstance(e, Absorb) else e for e in found.edits]
     return Step(bn.path, how, tuple(edits), bn.links(), tuple(bn.children), found.wanted, found.put_off, frozenset(found.between))
 
-def cheapest(
-    view:View,
-    bn:BN,
-    hows:tuple,     # Of 'backward', 'forward', 'split'
-    level:int,      # The highest `Step.level` that is allowed
-    reasons:dict    # Gets the `Stop` of each way
-) -> Step|None:
-    "The cheapest way to fold `bn`"
-    best = None
-    for at,amap,between in sites(view, bn):
+def tried(view:View, bn:BN, hows:tuple):
+    "Try to fold `bn` in each way, wherever its map can be sent off from: `(number of the site, how, Step or Stop)`, one after the other"
+    for i,(at,amap,between) in enumerate(sites(view, bn)):
         for how in hows:
             for before,after in ways(amap, how):
-                try: step = _step(bn, how, fold_one(view, bn, before, after, at, between), amap)
-                except Stop as stop: reasons.setdefault(how, stop); continue
-                if step.level>level: continue
-                if best is None or step.extra<best.extra: best = step
-                if best.extra<=0: return best
+                try: yield i, how, _step(bn, how, fold_one(view, bn, before, after, at, between), amap)
+                except Stop as stop: yield i, how, stop
+
+def cheapest(
+    attempts,      # Of `tried`; no more are made than needed
+    level:int,     # The highest `Step.level` that is allowed
+    reasons:dict   # Gets the `Stop` of each way
+) -> Step|None:
+    "The step that costs least"
+    best = None
+    for _,how,step in attempts:
+        if isinstance(step, Stop): reasons.setdefault(how, step); continue
+        if step.level>level: continue
+        if best is None or step.extra<best.extra: best = step
+        if best.extra<=0: return best
     return best
 
 # %% ../../nbs/fold/08_plan.ipynb #d0250db2
@@ -428,6 +444,7 @@ class _Planner:
     def __init__(self, program, costly, clamps, state=State()):
         self.program,self.costly,self.clamps = program,costly,clamps
         self.state,self.steps,self.rows,self.reasons = state,[],{},{}
+        self.known = {} # (runs of a BN, way) → what came of it, and all that was looked at
 
     def fold_all(self, bns):
         waiting = list(bns)
@@ -441,7 +458,7 @@ class _Planner:
         for hows,direction in sweeps:
             for bn in candidates(waiting)[::direction]:
                 reasons = {}
-                step = cheapest(View(self.program, self.state), bn, hows, level, reasons)
+                step = cheapest(self._attempts(bn, hows), level, reasons)
                 for run in bn.runs or [bn]: self.reasons[run] = self.reasons.get(run, {}) | reasons
                 if step is None: continue
                 if self._too_costly(step): self._note_possible(bn, step); continue
@@ -450,8 +467,24 @@ class _Planner:
                 moved = True
         return moved
 
+    def _attempts(self, bn, hows):
+        "What comes of all `hows`; what was tried already is known, unless something changed of what was looked at"
+        keys = {how: (*(bn.runs or [bn]), how) for how in hows}
+        view,found = View(self.program, self.state),{how: [] for how in hows}
+        if all(key in self.known for key in keys.values()):
+            known = sum((self.known[key][0] for key in keys.values()), [])
+            yield from sorted(known, key=lambda attempt: (attempt[0], hows.index(attempt[1])))
+            return
+        for attempt in tried(view, bn, hows):
+            found[attempt[1]].append(attempt)
+            yield attempt
+        for how,key in keys.items(): self.known[key] = found[how],view.looked # (not, if one of them was taken before the end)
+    def _forget(self, changed):
+        self.known = {key: (found, looked) for key,(found,looked) in self.known.items() if looked.isdisjoint(changed)}
+
     def _take(self, bn, step):
-        self.state = self.state.without(self.program, step.links, step.edits)
+        before,self.state = self.state,self.state.without(self.program, step.links, step.edits)
+        self._forget(self.state.changed_since(before))
         self.steps.append(step)
         for run in bn.runs or [bn]: self.rows[run] = Row(run.path, True, step.how, step.into, step.acts, is_bn=run.is_bn, calls=len(run.chains))
 
@@ -494,7 +527,7 @@ def _follow(rows):
 def _never_ran(program, model):
     "A row for every BN of the model that did not run"
     ran = {call.path for call in program.calls}
-    return [Row(path, live=False, reason='it never ran on the example batch in eval mode', kind='never ran') for path,module in model.named_modules()
+    return [Row(path, live=False, reason='it never ran on the example batch in eval mode', kind='never ran') for module,path in paths_of(model).items()
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and path not in ran]
 
 # %% ../../nbs/fold/08_plan.ipynb #29fa7e77
@@ -537,6 +570,7 @@ def make_plan(
 ) -> FoldPlan:
     "For every BN of the program: where it goes, or why it stays. The program is not changed"
     bns = bns_of(View(program))
+    _check_some([bn for bn in bns if bn.is_bn])
     for bn in bns:
         if bn.path in (without or {}): bn.reason,bn.kind = without[bn.path]
     planner = _Planner(program, costly, clamps)

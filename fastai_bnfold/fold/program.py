@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.fx.experimental.proxy_tensor import make_fx, get_proxy_mode
 from torch.utils._pytree import tree_flatten, tree_map
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from ..errors import *
@@ -35,6 +36,9 @@ class _Calls:
     "Hooks that tie the nodes of a graph in the making to the calls of modules"
     def __init__(self, paths): self.paths,self.owner,self.calls,self.stack = paths,{},[],[]
 
+    def forget(self):
+        "Begin anew"
+        for noted in (self.owner, self.calls, self.stack): noted.clear()
     def enter(self, module, _):
         if get_proxy_mode() is None or module not in self.paths: return
         call = Call(self.paths[module], module, self.stack[-1][0] if self.stack else None)
@@ -138,7 +142,7 @@ class _Asked:
     def evaluate(self, node, stored, again):
         "The value of a constant node, of `stored` leaves; `again` gives those of its inputs"
         if node in self._tensors: return stored(node)
-        def given(i): return again(i) if self._const[i] else self._of_that_size(i)
+        def given(i): return again(i) if self._const[i] or i in self._fixed else self._of_that_size(i)
         value = node.target(*map_arg(node.args, given), **map_arg(node.kwargs, given))
         return _numbers(value) if op_of(node) in _factories else value
     def _of_that_size(self, node):
@@ -173,7 +177,8 @@ class _Values(_Asked):
         return isinstance(self._vals.get(node), Tensor)
     def users(self, node:Node) -> list:
         "The nodes that read the value of `node`, not only its shape or dtype"
-        return [user for user in node.users if not reads_shape_only(user, node)]
+        if node not in self._users: self._users[node] = [user for user in node.users if not reads_shape_only(user, node)]
+        return self._users[node]
     def writes(self, node:Node) -> bool:
         "Does `node` write into its input when the model runs?"
         if writes(node): return True
@@ -212,6 +217,9 @@ class _Homes(_Values):
         return path if self.is_alone(node) else dotted(path, op_name(node))
     def where(self, node:Node) -> str:
         "`node` in words: the layer if it is one, else the op and the module whose `forward` calls it"
+        if node not in self._words: self._words[node] = self._in_words(node)
+        return self._words[node]
+    def _in_words(self, node):
         if node in self._tensors: return "a constant or parameter"
         if node.op=='placeholder': return "the model's input"
         if node.op=='output': return "the model's output" + (" or whoever keeps it after the run" if self.kept else '')
@@ -222,7 +230,7 @@ class _Homes(_Values):
     def freed(self) -> 'Program':
         "The same program, as if every operator could be replaced alone"
         if self.free: return self
-        return Program(self.gm, self.inputs, self._tensors, self._places, self._vals, self._owner, self.calls, self.outputs, self.kept, self.scripted, free=True)
+        return Program(self.gm, self.inputs, self._tensors, self._places, self._vals, self._owner, self.calls, self.outputs, self.kept, self.scripted, free=True, devices=self.devices)
 
 # %% ../../nbs/fold/03_program.ipynb #4211ec67
 class Program(_Homes):
@@ -238,15 +246,16 @@ class Program(_Homes):
         outputs:tuple=(),   # Of the run
         kept:frozenset=frozenset(), # Nodes whose values somebody keeps after the run
         scripted:frozenset=frozenset(), # Paths of the modules that TorchScript compiled
-        free:bool=False     # May every operator be replaced on its own (as in an exported graph), or only modules?
+        free:bool=False,    # May every operator be replaced on its own (as in an exported graph), or only modules?
+        devices:dict=None   # Node → device of its value, where `vals` does not tell
     ):
-        self.gm,self.inputs,self.outputs,self.kept,self.scripted,self.free = gm,inputs,outputs,kept,scripted,free
+        self.gm,self.inputs,self.outputs,self.kept,self.scripted,self.free,self.devices = gm,inputs,outputs,kept,scripted,free,devices or {}
         self.nodes = tuple(gm.graph.nodes)
         self.at = {node: i for i,node in enumerate(self.nodes)} # node → its place in the order of execution
         self._tensors,self._places,self._vals,self._owner,self.calls = tensors,places,vals,owner,calls
-        self._set_calls(); self._set_memory(); self._set_constants(); self._set_readers()
+        self._set_calls(); self._set_memory(); self._set_constants(); self._set_values(); self._set_operations(); self._set_readers()
         self._named = {self.name_of(tensor): tensor for tensor in tensors.values()}
-        self.answers,self._numbers,self._largest,self.devices = {},{},{},{} # what was asked for already; devices of values of a graph
+        self.answers,self._numbers,self._largest,self._users,self._words = {},{},{},{},{} # what was asked for already
 
 # %% ../../nbs/fold/03_program.ipynb #d266379f
 @patch
@@ -272,15 +281,22 @@ def _merge(self:Program, node, other):
 
 @patch
 def _set_constants(self:Program):
-    "What is computed from parameters and buffers alone"
+    "What is computed from parameters and buffers alone, and of which"
     written = set()
     for node in self.nodes:
         if writes(node): written |= self._alias[node]
-    self._const,self._sizes,self._fixed = {},set(),set()
+    self._const,self._sizes,self._fixed,self._leaves = {},set(),set(),{}
     for node in self.nodes:
         if self._is_size(node): self._sizes.add(node)
         self._const[node] = node not in written and (node in self._tensors or self._is_made_of_constants(node))
+        if node in self._tensors: self._leaves[node] = frozenset([node])
+        elif self._const[node]: self._leaves[node] = frozenset().union(*(self._leaves[i] for i in node.all_input_nodes if self._const[i]))
         if self._const[node] and all(i in self._fixed for i in node.all_input_nodes): self._fixed.add(node)
+
+@patch
+def _set_operations(self:Program):
+    "Who made which value, and what is written into"
+    for node in self.nodes:
         call = self.call(node)
         if node.op=='call_function' and not self._const[node] and call: self._ops.setdefault(id(call), []).append(node)
         if self.writes(node): self._merge(node, node.all_input_nodes[0])
@@ -300,20 +316,58 @@ def _is_size(self:Program, node):
 def _is_made_of_constants(self:Program, node):
     "Is it computed from constants, and nothing of the data but sizes?"
     if node.op!='call_function' or is_random(node): return False
-    read = [i for i in node.all_input_nodes if i not in self._sizes and not reads_shape_only(node, i)]
+    read = self._numbers_read(node)
     return (bool(read) or op_of(node) in _factories) and all(self._const[i] for i in read)
+
+@patch
+def _numbers_read(self:Program, node):
+    "The inputs of which `node` reads more than sizes"
+    return [i for i in node.all_input_nodes if i not in self._sizes and not reads_shape_only(node, i)]
 
 @patch
 def _set_readers(self:Program):
     "Of every parameter and buffer: the nodes that read it, through whatever constants are made of it"
-    self._leaves,self._readers = {},{}
+    self._readers = {}
     for node in self.nodes:
-        if node in self._tensors: self._leaves[node] = frozenset([node]); continue
-        inputs = [i for i in node.all_input_nodes if self._const[i]]
-        if self._const[node]: self._leaves[node] = frozenset().union(*(self._leaves[i] for i in inputs))
-        else:
-            read = frozenset().union(*(self._leaves[i] for i in inputs if not reads_shape_only(node, i)))
-            for leaf in read: self._readers.setdefault(id(self._tensors[leaf]), []).append(node)
+        if node in self._tensors or self._const[node]: continue
+        constants = [i for i in node.all_input_nodes if self._const[i] and not reads_shape_only(node, i)]
+        for leaf in frozenset().union(*(self._leaves[i] for i in constants)):
+            self._readers.setdefault(id(self._tensors[leaf]), []).append(node)
+
+# %% ../../nbs/fold/03_program.ipynb #5e0c0b5a
+_weights = {'weight','bias','running_mean','running_var','mat2'}
+
+def _is_view(node):
+    "Is `node` a parameter with its elements in other places?"
+    while op_of(node) in movement_ops or op_name(node)=='getitem': node = node.all_input_nodes[0]
+    return node.op!='call_function'
+
+def _data_of(node):
+    "The inputs of `node` that are no weights of a layer"
+    if not has_schema(node): return node.all_input_nodes
+    return nodes_in([value for name,value in arguments(node).items() if name not in _weights])
+
+@patch
+def _normalized(self:Program):
+    "The BNs of parameters, and the operations that make their inputs of them (but for views: through these a parameter can be changed)"
+    todo,found = [node for node in self.nodes if self._const[node] and self._is_bn_of_parameters(node)],set()
+    while todo:
+        node = todo.pop()
+        found.add(node)
+        todo += [i for i in _data_of(node) if i.op=='call_function' and self._const[i] and not _is_view(i)]
+    return found
+
+@patch
+def _is_bn_of_parameters(self:Program, node):
+    if not is_bn(node) or not running(node): return False
+    return all(self.registered(self._tensors[leaf]) for leaf in self._leaves[arguments(node)['input']])
+
+@patch
+def _set_values(self:Program):
+    "What a BN makes is a value, of parameters too, and so is all that comes of it: there is something to fold"
+    values = self._normalized()
+    for node in self.nodes if values else ():
+        if node in values or any(not self._const[i] for i in self._numbers_read(node)): self._const[node] = False
 
 # %% ../../nbs/fold/03_program.ipynb #1257260e
 def _places_of(paths):
@@ -325,15 +379,41 @@ def _places_of(paths):
                 if tensor is not None: places.setdefault(id(tensor), []).append((path, name, table is module._parameters))
     return places
 
-def _one_fake_mode():
-    "The tracer notes shapes as fake tensors, and makes a mode for each, unless it finds one: half of its time"
-    return tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
+class _Notes(FakeTensorMode):
+    "The tracer notes shapes as fake tensors, each made in a mode of its own: half of its time. Here the notes are plain tensors without numbers; `devices`: by the id of a note"
+    def __init__(self): super().__init__(allow_fallback_kernels=True); self.devices = {}
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is not torch.ops.aten.empty_strided.default: return super().__torch_dispatch__(func, types, args, kwargs)
+        note = func(*args, **(kwargs | dict(device='meta')))
+        self.devices[id(note)] = kwargs['device']
+        return note
+
+def _remember_constants(tracer):
+    "The tracer looks for each parameter among all that it has met, and notes its shape: let it remember where it is"
+    create_arg,names = tracer.create_arg,{}
+    def quick(o):
+        if not isinstance(o, Tensor): return create_arg(o)
+        if o not in names:
+            names[o] = tracer.get_fresh_qualname('_param_constant' if isinstance(o, nn.Parameter) else '_tensor_constant')
+            setattr(tracer.root, names[o], o)
+        return tracer.graph.create_node('get_attr', names[o], (), {})
+    tracer.create_arg = quick
 
 def _cannot_trace(error) -> TraceError:
     if 'HigherOrderOp' in type(error).__name__: return TraceError(
         "The model calls an operator that runs functions (`torch.cond`, `while_loop`, …), and these read its parameters, which PyTorch's tracer cannot follow. "
         "Fold an export of it: `BNFolder().fold_graph(torch.export.export(model, args))`.")
     return TraceError(f"The model does not run under the tracer: {type(error).__name__}: {error}")
+
+def _traced(f, inputs, pre_dispatch):
+    try: return make_fx(f, pre_dispatch=pre_dispatch, _error_on_data_dependent_ops=False)(*map(torch.clone, inputs))
+    except Exception as e: raise _cannot_trace(e) from e
+
+def _transforms(gm) -> bool:
+    "Does `forward` transform functions (`torch.func.vmap`, `jvp`, `grad`)? Their tensors stand in the graph as constants then, or the operators that make them"
+    constants = [getattr(gm, node.target) for node in gm.graph.nodes if node.op=='get_attr']
+    wrapped = any(isinstance(o, Tensor) and is_functorch_wrapped_tensor(o) for o in constants)
+    return wrapped or any(op_name(node) in ('_make_dual','_unpack_dual') for node in gm.graph.nodes)
 
 def program_of(
     model:nn.Module,
@@ -342,17 +422,21 @@ def program_of(
 ) -> Program:
     "The dataflow of one run of `model`; a `TraceError` if it cannot be had"
     paths = paths_of(model)
-    args,calls,seen = fresh(args),_Calls(paths),{}
+    args,calls,seen,notes = fresh(args),_Calls(paths),{},_Notes()
     inputs = []
     map_tensors(inputs.append, args)
     def run(*tensors):
+        _remember_constants(get_proxy_mode().tracer)
         given = iter(tensors)
         seen['out'] = tensors_of(model(*map_tensors(lambda _: next(given), args)))
         seen['kept'] = _still_alive([*seen['out'], *tensors])
         return seen['out']+seen['kept']
-    with evaluating(model), uncompiled(model), nullcontext() if inplace else out_of_place(model), calls.recording(), _one_fake_mode():
-        try: gm = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)(*map(torch.clone, inputs))
-        except Exception as e: raise _cannot_trace(e) from e
+    with evaluating(model), uncompiled(model), nullcontext() if inplace else out_of_place(model), calls.recording(), tracing(TracingContext(notes)):
+        gm = _traced(run, inputs, pre_dispatch=True)
+        if _transforms(gm): # what runs inside cannot be told in PyTorch's own words, but in those of its kernels
+            calls.forget()
+            gm = _traced(run, inputs, pre_dispatch=False)
+            gm.graph.eliminate_dead_code()
     nodes = list(gm.graph.nodes)
     results = tree_flatten(nodes[-1].args)[0]
     if not all(isinstance(o, Node) for o in results):
@@ -362,7 +446,8 @@ def program_of(
     tensors = {node: getattr(gm, node.target) for node in nodes if node.op=='get_attr'}
     vals = {node: node.meta['val'] for node in nodes if 'val' in node.meta} | {node: tensor for node,tensor in tensors.items()}
     scripted = frozenset(path for module,path in paths.items() if isinstance(module, torch.jit.ScriptModule))
-    return Program(gm, inputs, tensors, _places_of(paths), vals, calls.owner, tuple(calls.calls), tuple(seen['out']), kept, scripted)
+    devices = {node: notes.devices[id(val)] for node,val in vals.items() if id(val) in notes.devices}
+    return Program(gm, inputs, tensors, _places_of(paths), vals, calls.owner, tuple(calls.calls), tuple(seen['out']), kept, scripted, devices=devices)
 
 # %% ../../nbs/fold/03_program.ipynb #c9d98692
 class _Run(torch.fx.Interpreter):
@@ -428,6 +513,4 @@ def program_of_graph(
     for node,path in _paths(nodes).items():
         if node.op!='call_function' or not isinstance(vals.get(node), (Tensor,tuple,list)): continue
         owner[node.name] = calls.setdefault(path, Call(path, _Exported(path)))
-    program = Program(gm, inputs, tensors, places, vals, owner, tuple(calls.values()), tuple(tensors_of(outputs)), free=True)
-    program.devices = runner.devices
-    return program
+    return Program(gm, inputs, tensors, places, vals, owner, tuple(calls.values()), tuple(tensors_of(outputs)), free=True, devices=runner.devices)

@@ -45,7 +45,7 @@ def deep():
 # %% ../../nbs/fold/06_search.ipynb #964eb841
 class Search(View):
     "The passes over a program in a state"
-    def __init__(self, program, state): super().__init__(program, state); self._answers = {}
+    def __init__(self, program, state, looked=None): super().__init__(program, state, looked); self._answers = {}
 
     def _ask(self, rules, node, given):
         "What the rule of `node` makes of a map, or of several"
@@ -82,7 +82,9 @@ def _reader_of(value): return value.args[0] if op_name(value)=='getitem' else va
 @patch
 def _agreed(self:Search, value, by_reader):
     "The one map that all readers demand of `value`; `Stop` if they demand different ones"
-    agreed,*more = [collapsed(amap.aligned(len(self.shape(value))), keep=True) for amap in by_reader.values()]
+    aligned = [amap.aligned(len(self.shape(value))) for amap in by_reader.values()]
+    if len(aligned)==1: return compress(aligned[0])
+    agreed,*more = [collapsed(amap, keep=True) for amap in aligned]
     for other in more:
         agreed = joined(agreed, other)
         if agreed is None: raise Stop(f"the output of {self.where(value)}, which is read by {self._some(by_reader)} with different maps", 'read elsewhere')
@@ -240,7 +242,7 @@ def _check_numbers(self:Search, node, edits):
             raise Stop(f"{self.where(node)}, because {n_bad} numbers in `{name}` are not finite", 'not finite')
     dtype = self.tensor_named(names[0]).dtype
     if largest_after(edits, [self.largest(name) for name in names], self.tensor_named(names[0]).numel())<torch.finfo(dtype).max: return
-    made = self.state.edits.get(names[0], ()) + tuple(edits)
+    made = self.edits_to(names[0]) + tuple(edits)
     new = edited(made, *(self.named(name) for name in (edits[0].absorber.weight, edits[0].absorber.bias)))
     if not all(torch.isfinite(x.to(dtype)).all() for x in new if x is not None):
         raise Stop(f"{self.where(node)}, whose weights would overflow {dtype} (fold in float32, and convert the folded model)", 'dtype')
@@ -274,7 +276,7 @@ def check_memory(self:Search,
 ):
     "When the BN is gone its output *is* its input: a `Stop` if somebody writes into it while somebody else reads the other"
     before,after = now.aliases(source),now.aliases(last)
-    def spared(w): return w in replaced or w in now.state.bounds
+    def spared(w): return w in replaced or now.new_bounds(w)
     late = [w for w in before if self.writes(w) and self.at[w]>self.at[first] and not spared(w)]
     def read_outside(v): return v.op!='call_function' or any(user not in before and user is not first for user in self.users(v))
     shared = [w for w in after if self.writes(w) and not spared(w) and not self.is_identity(w)] if any(map(read_outside, before)) else []

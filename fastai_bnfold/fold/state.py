@@ -152,20 +152,28 @@ class State:
             both = frozenset(shared.get(node, program.aliases(node))) | frozenset(shared.get(source, program.aliases(source)))
             shared |= dict.fromkeys(both, both)
         return State(self.gone | links, self.bounds | bounds, made, shared)
+    def changed_since(self, before) -> set:
+        "The nodes and names of parameters for which something else holds in this state than in the one `before` it"
+        def changed(name):
+            then,now = getattr(before, name),getattr(self, name)
+            return {key for key,value in now.items() if then.get(key) is not value}
+        return set().union(*map(changed, ('gone','bounds','edits','shared')))
 
 # %% ../../nbs/fold/04_state.ipynb #9db56bab
 identity_ops = ops('dropout','feature_dropout','alpha_dropout','feature_alpha_dropout','clone','detach','alias','contiguous',
                   'lift_fresh','to','_to_copy')
 
 class View:
-    "A program as it is in a state"
-    def __init__(self, program:Program, state:State=State()): self.program,self.state = program,state
+    "A program as it is in a state; `looked`: the nodes and names of parameters whose state was asked for"
+    def __init__(self, program:Program, state:State=State(), looked:set=None):
+        self.program,self.state,self.looked = program,state,set() if looked is None else looked
+        self.sums = {} # node → the sum in which it is a part, once that was taken apart
     def __getattr__(self, name): return getattr(self.program, name) # all that no state changes
 
     def stored(self, node:Node) -> Tensor:
         "The numbers of a parameter or buffer by now, float64"
         name = self.name_of(self.tensor(node))
-        edits = self.state.edits.get(name)
+        edits = self.edits_to(name)
         if not edits: return self.program.stored(node)
         absorber = edits[0].absorber
         W,b = edited(edits, self.named(absorber.weight), self.named(absorber.bias))
@@ -174,11 +182,20 @@ class View:
     def const(self, node:Node) -> Tensor:
         "The value of a constant by now, on the CPU, in float64 if it is floating point"
         names = [self.name_of(self.tensor(leaf)) for leaf in self.leaves(node)]
-        if not any(name in self.state.edits for name in names): return self.program.const(node)
+        if not any([self.edits_to(name) for name in names]): return self.program.const(node)
         return self.program.evaluate(node, self.stored, self.const)
+    def edits_to(self, name:str) -> tuple:
+        "The edits to the layer of this parameter, so far"
+        self.looked.add(name)
+        return self.state.edits.get(name, ())
+    def new_bounds(self, node:Node):
+        "The bounds that a plan has given to an activation, None if it has its own"
+        self.looked.add(node)
+        return self.state.bounds.get(node)
 
     def aliases(self, node:Node) -> frozenset:
         "The nodes whose values may share memory with that of `node`, itself included"
+        self.looked.add(node)
         return self.state.shared.get(node, self.program.aliases(node))
     def read_after(self, node:Node) -> bool:
         "Is memory that `node` changes, if it writes into its input, read again afterwards, not through its value?"
@@ -187,6 +204,7 @@ class View:
 
     def is_gone(self, node:Node) -> bool:
         "Is this a BN, or a part of one, that is gone?"
+        self.looked.add(node)
         return node in self.state.gone
     def is_identity(self, node:Node) -> bool:
         "Does `node` hand its input on unchanged?"

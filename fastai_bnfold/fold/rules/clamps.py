@@ -25,7 +25,7 @@ def _own_bounds(node):
 
 def bounds(view, node:Node) -> tuple:
     "The bounds of a clamp as they are by now: two float64 tensors, infinite for none"
-    if node in view.state.bounds: return view.state.bounds[node]
+    if new := view.new_bounds(node): return new
     lo,hi = _own_bounds(node)
     if view.is_const(node.args[0]) or view.shape(node)!=view.shape(node.args[0]): raise Stop(f"{view.where(node)}, whose bound is not that of each value", 'no rule')
     if is_value(view, lo) or is_value(view, hi): raise Stop(f"{view.where(node)}, whose bounds are computed anew at every call", 'no rule')
@@ -62,7 +62,7 @@ def _rebound(view, node, lo, hi, replace=False):
     if unchanged and not replace: return []
     _check_replaceable(view, node)
     lo,hi = _by_channel(view, node, lo, hi)
-    passes = _n_passes(*old) if node in view.state.bounds else 1
+    passes = _n_passes(*old) if view.new_bounds(node) else 1
     return [Rebound(node, view.label(node), lo, hi, _n_passes(lo, hi)-passes)]
 
 # %% ../../../nbs/fold/rules/06_clamps.ipynb #a17ed350
@@ -76,7 +76,7 @@ def clamp_forward(view, node, amap, source):
     "`clamp(amap(x), l, h) = after(clamp(x, l', h'))`"
     if source is not node.args[0]: raise Stop(f"{view.where(node)}, whose bounds it gives", 'no rule')
     after,lo,hi = clamp_before(amap, *bounds(view, node))
-    in_place = view.writes(node) and node not in view.state.bounds # its input was the BN's own: now it is another's
+    in_place = view.writes(node) and not view.new_bounds(node) # its input was the BN's own: now it is another's
     return [*_rebound(view, node, lo, hi, replace=in_place), (node, after)]
 
 # %% ../../../nbs/fold/rules/06_clamps.ipynb #ba588214
