@@ -14,19 +14,26 @@ from .plan import *
 
 # %% ../../nbs/fold/14_draw.ipynb #519a3e73
 _colours = {'layer': '#2f80ed', 'gone': '#ffffff', 'kept': '#eb5757', 'clamp': '#f2994a', 'other': '#c4ccd4'}
+_words = {'layer': 'takes a map in', 'gone': 'BN, folded', 'kept': 'BN, kept', 'clamp': 'other bounds', 'other': 'other operation'}
 _arrows = {'backward': '#27ae60', 'forward': '#9b51e0', 'split': '#b8860b'}
+_line = '#a0a0a0' # to be seen on white and on black
 
 def _shown(program):
     "The operations on values"
     return [node for node in program.nodes if node.op=='call_function' and program.is_tensor(node) and not program.is_const(node)]
 
-def _places(nodes, width):
-    "Node → `(x, y)`: its depth, wrapped into rows, and its number among those of the same depth"
+def _grid(nodes, width):
+    "Node → `(row, column, number among those that stand there)`: its depth, wrapped into rows"
     depth,height = {},{}
     for node in nodes: depth[node] = 1+max((depth[i] for i in node.all_input_nodes if i in depth), default=-1)
     for node in nodes: height.setdefault(depth[node], []).append(node)
-    tall = 1.5+max(map(len, height.values()))
-    return {node: (depth[node]%width, -(depth[node]//width)*tall-height[depth[node]].index(node)) for node in nodes}
+    return {node: (depth[node]//width, depth[node]%width, height[depth[node]].index(node)) for node in nodes}
+
+def _places(grid, between):
+    "Node → `(x, y)`; every row is as high as it has to be, and `between` from the next"
+    tops,n_rows = [0.],1+max(row for row,*_ in grid.values())
+    for i in range(n_rows): tops.append(tops[-1]-between-max(k for row,_,k in grid.values() if row==i))
+    return {node: (column, tops[row]-k) for node,(row,column,k) in grid.items()}
 
 def _kinds(plan, nodes):
     "Node → how it is drawn"
@@ -39,47 +46,75 @@ def _kinds(plan, nodes):
     return {node: kind(node) for node in nodes}
 
 # %% ../../nbs/fold/14_draw.ipynb #bdc00cec
-def _draw_edges(ax, nodes, at):
+def _past(start, end, low=.55):
+    "A line past the operations between two: below those of the upper row, or level with the lower of both"
+    (x0,y0),(x1,y1) = start,end
+    if y0==y1: return [x0,x0+.5,x1-.5,x1],[y0,y0-low,y0-low,y1]
+    return ([x0,x1-1,x1],[y0,y0,y1]) if y0<y1 else ([x0,x0+1,x1],[y0,y1,y1])
+
+def _draw_edges(ax, nodes, grid, at):
     for node in nodes:
         for source in node.all_input_nodes:
             if source not in at: continue
             (x0,y0),(x1,y1) = at[source],at[node]
-            line = dict(arrowstyle='-', color='#bbbbbb', lw=1, connectionstyle='arc3,rad=.25')
-            wrapped = x1<x0 # to the next row: two stubs
-            if x1-x0>1 and y0==y1: ax.annotate('', (x1,y1), (x0,y0), arrowprops=line, zorder=1) # past others
-            elif wrapped:
-                for x,y in ((x0,y0), (x1-.5,y1)): ax.plot([x,x+.5], [y,y], color='#dddddd', lw=1, zorder=1)
-            else: ax.plot([x0,x1], [y0,y1], color='#bbbbbb', lw=1, zorder=1)
+            if grid[source][0]!=grid[node][0]: lines = [([x0,x0+.5],[y0,y0]), ([x1-.5,x1],[y1,y1])] # to another row: two stubs
+            else: lines = [_past(at[source], at[node]) if x1-x0>1 else ([x0,x1],[y0,y1])]
+            for xs,ys in lines: ax.plot(xs, ys, color=_line, lw=1, zorder=1, solid_joinstyle='round')
 
-def _draw_ways(ax, plan, at):
-    "An arrow from each BN to each layer that takes it in"
+def _arrow(ax, start, end, colour, arrowstyle='-|>', rad=.45):
+    style = dict(arrowstyle=arrowstyle, color=colour, lw=1.4, connectionstyle=f'arc3,rad={rad}', shrinkA=5, shrinkB=6)
+    ax.annotate('', end, start, arrowprops=style, zorder=3)
+
+def _draw_way(ax, start, end, rows, colour):
+    "An arrow; to another row: its start and its end"
+    if rows[0]==rows[1]: return _arrow(ax, start, end, colour)
+    (x0,y0),(x1,y1),aside = start,end,.65 if rows[0]<rows[1] else -.65
+    _arrow(ax, start, (x0+aside,y0+.4), colour, '-', 0)
+    _arrow(ax, (x1-aside,y1+.4), end, colour, rad=0)
+
+def _draw_ways(ax, plan, grid, at):
+    "An arrow from each BN to each layer that takes it in; returns the kinds of way there are"
+    hows = []
     for step in plan.steps:
-        start = at[next(iter(step.links))]
+        bn = next(iter(step.links))
         for edit in step.edits:
             if not isinstance(edit, Absorb) or edit.node not in at: continue
-            style = dict(arrowstyle='-|>', color=_arrows[step.how], lw=1.4, connectionstyle='arc3,rad=.45', shrinkA=5, shrinkB=6)
-            ax.annotate('', at[edit.node], start, arrowprops=style, zorder=3)
+            rows = grid[bn][0],grid[edit.node][0]
+            _draw_way(ax, at[bn], at[edit.node], rows, _arrows[step.how])
+            hows.append(step.how)
+    return [how for how in _arrows if how in hows]
+
+# %% ../../nbs/fold/14_draw.ipynb #b7d31c05
+def _draw_names(ax, program, grid, at, everywhere):
+    "The name of every operation, or of the first in each row"
+    style = dict(textcoords='offset points', fontsize=7, alpha=.75)
+    for node,(row,column,k) in grid.items():
+        if everywhere: ax.annotate(program.label(node), at[node], xytext=(0,-15), ha='center', **style)
+        elif (column,k)==(0,0): ax.annotate(program.label(node), at[node], xytext=(-5,13), **style)
 
 @patch
 def plot(self:FoldPlan,
     ax=None,         # Made if left out
     width:int=30,    # Operations in a row
-    labels:bool=None # Names at the operations? By default where there are at most 30
+    labels:bool=None # Names at the operations? By default where there are at most 30; else at the first of each row
 ):
     "Draw the network and the way of every map"
     import matplotlib.pyplot as plt
     nodes = _shown(self.program)
-    at,kinds = _places(nodes, width),_kinds(self, nodes)
+    if labels is None: labels = len(nodes)<=30
+    grid,kinds = _grid(nodes, width),_kinds(self, nodes)
+    at = _places(grid, 1.9 if labels else 1.5)
     xs,ys = zip(*at.values())
-    if ax is None: ax = plt.subplots(figsize=(min(14, 1.2+.62*(max(xs)+1)), 1.2+.45*(max(ys)-min(ys)+1)), layout='constrained')[1]
-    _draw_edges(ax, nodes, at)
-    _draw_ways(ax, self, at)
+    size = min(14, 1.2+.62*(max(xs)+1)), .8+.36*(max(ys)-min(ys)+1.8)
+    if ax is None: ax = plt.subplots(figsize=size, layout='constrained')[1]
+    _draw_edges(ax, nodes, grid, at)
+    hows = _draw_ways(ax, self, grid, at)
     for kind,colour in _colours.items():
         mine = [at[node] for node in nodes if kinds[node]==kind]
-        if mine: ax.scatter(*zip(*mine), s=70, c=colour, edgecolors='#555555', zorder=2, label={'gone': 'BN, folded', 'kept': 'BN, kept', 'clamp': 'other bounds', 'layer': 'takes a map in'}.get(kind, 'other'))
-    if len(nodes)<=30 if labels is None else labels:
-        for node in nodes: ax.annotate(self.program.label(node), at[node], xytext=(0,-15), textcoords='offset points', ha='center', fontsize=7, color='#555555')
+        if mine: ax.scatter(*zip(*mine), s=70, c=colour, edgecolors='#555555', zorder=2, label=_words[kind])
+    for how in hows: ax.plot([], [], color=_arrows[how], marker='>', label=how)
+    _draw_names(ax, self.program, grid, at, labels)
+    ax.set(xlim=(-.7, max(xs)+.7), ylim=(min(ys)-.9, max(ys)+.9))
     ax.set_axis_off()
-    ax.set(xlim=(min(xs)-.7, max(xs)+.9), ylim=(min(ys)-1, max(ys)+.7))
-    ax.legend(loc='lower left', bbox_to_anchor=(0,1), ncols=5, fontsize=9, frameon=False)
+    ax.legend(loc='lower left', bbox_to_anchor=(0,1), ncols=8 if size[0]>8 else 4, fontsize=9, frameon=False, borderaxespad=0)
     return ax
