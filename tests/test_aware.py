@@ -173,6 +173,15 @@ def test_mixed_precision():
     x,net = torch.randn(16,3,16,16),learn.integer_net()
     with torch.no_grad(): assert torch.equal(learn.model.eval()(x).argmax(1), net(x).argmax(1))
 
+def test_statistics_are_estimated_with_the_quantizers():
+    learn = learner()
+    fit(learn, QuantAware(4))
+    before = learn.model[1].running_mean.clone()
+    with learn.no_bar(): learn.reestimate_bn()
+    assert not torch.equal(learn.model[1].running_mean, before)
+    wide,x = copy.deepcopy(learn.model).double().eval(),torch.randn(4,3,16,16)
+    with torch.no_grad(): assert (wide(x.double())-learn.integer_net()(x)).abs().max()<1e-9
+
 def test_remove_quant_keeps_what_was_trained():
     learn = learner()
     fit(learn, QuantAware(4))
