@@ -181,8 +181,18 @@ def test_interrupted_validation_loses_nothing(learn, exc, nth, monkeypatch):
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
 
 def test_bad_statistics(learn):
-    learn.model[4].running_var[2] = float('nan'); old = state(learn.model)
-    with pytest.raises(StatisticsError, match='`4.running_var`'): learn.fold_bn()
+    learn.model[4].running_var[2] = float('nan')
+    old,report = state(learn.model),learn.fold_bn(latency=0)
+    [row] = report.kept
+    assert (row.bn, row.kind)==('4', 'not finite') and '`4.running_var`' in row.reason
+    learn.unfold_bn()
+    assert all(torch.equal(torch.nan_to_num(x), torch.nan_to_num(old[name])) for name,x in state(learn.model).items())
+
+def test_nothing_but_bad_statistics(learn):
+    bns = [module for module in learn.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for bn in bns: bn.running_var[0] = float('nan')
+    old = state(learn.model)
+    with pytest.raises(StatisticsError, match='running_var'): learn.fold_bn()
     assert torch.equal(learn.model[0].weight, old['0.weight']) and not getattr(learn.model, 'bn_folded', False)
 
 def test_channels_last_and_a_frozen_body(learn):

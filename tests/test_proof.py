@@ -8,6 +8,7 @@ from fastai_bnfold.fold import *
 from fastai_bnfold.fold.affine import Affine
 from fastai_bnfold.fold.apply import edits_of, exact_parameters
 from fastai_bnfold.fold.folder import program_and_run
+from fastai_bnfold.fold.graph import set_argument
 from fastai_bnfold.fold.plan import make_plan
 from fastai_bnfold.fold.state import Absorb, Rebound, State
 from fastai_bnfold.fold.verify import max_err, prove_locally
@@ -101,3 +102,41 @@ def test_a_stored_number_that_is_not_what_was_computed(name, monkeypatch):
     monkeypatch.setattr(apply, 'stored', lambda x, like: off_in_one_channel(real(x, like), 3) if (x.ndim==1)==(name=='bias') else real(x, like))
     net = randomize_bn(nn.Sequential(nn.Conv2d(3,8,3), nn.BatchNorm2d(8))).bfloat16().eval()
     with pytest.raises(VerificationError, match='not what was computed'): BNFolder().fold(net, torch.randn(2,3,8,8).bfloat16())
+
+convs = {f'{kind}{nd}d {kw}': (kind, nd, kw) for nd in (1,2) for kind,kws in {
+    'Conv': [dict(kernel_size=3,padding=1), dict(kernel_size=3,padding=2,dilation=2), dict(kernel_size=3,padding=36,dilation=36), dict(kernel_size=3,padding=1,dilation=3),
+        dict(kernel_size=3,stride=2,padding=1), dict(kernel_size=2,stride=3), dict(kernel_size=7,padding=3), dict(kernel_size=3,padding='same',dilation=3),
+        dict(kernel_size=4,padding='same',dilation=2), dict(kernel_size=3,padding='valid',dilation=2), dict(kernel_size=1,stride=2), dict(kernel_size=3,groups=8,padding=1)],
+    'ConvTranspose': [dict(kernel_size=3,padding=1), dict(kernel_size=3,stride=3,padding=2,dilation=2,output_padding=1), dict(kernel_size=2,stride=2,groups=4), dict(kernel_size=1)]}.items() for kw in kws}
+
+def proof_of(net, x, spoil=None):
+    program,_ = program_and_run(net, (x,))
+    plan = make_plan(program)
+    [step] = plan.steps
+    if spoil: step = replace(step, edits=tuple(map(spoil, step.edits)))
+    return prove_locally(program, [step], State().without(program, step.links, step.edits))
+
+@pytest.mark.parametrize('name', convs)
+def test_a_few_positions_prove_a_convolution(name):
+    kind,nd,kw = convs[name]
+    conv,bn = getattr(nn, f'{kind}{nd}d'),getattr(nn, f'BatchNorm{nd}d')
+    net = randomize_bn(nn.Sequential(conv(8, 8, **kw), bn(8))).eval()
+    x = torch.randn(2, 8, *[13]*nd)
+    right = proof_of(net, x)
+    assert right.wrong=={} and right.unchecked=={} and right.largest<1e-12
+    for channel in range(8):
+        def spoil(edit): return replace(edit, map=Affine(off_in_one_channel(edit.map.scale, channel), edit.map.shift))
+        if net[1].weight[channel]==0: continue # there is nothing to be wrong
+        assert proof_of(net, x, spoil).wrong, channel
+
+@pytest.mark.parametrize('pad', [0,1])
+@pytest.mark.parametrize('dilation', [1,2])
+def test_a_shift_that_padded_zeros_do_not_reach_is_found(pad, dilation):
+    "As if the plan had not looked at the padding: in front of a padded convolution a shift must not go in"
+    net = randomize_bn(nn.Sequential(nn.AvgPool2d(1), nn.BatchNorm2d(3), nn.Conv2d(3, 5, 3, dilation=dilation))).eval()
+    program,_ = program_and_run(net, (torch.randn(2,3,9,9),))
+    plan = make_plan(program)
+    conv = next(node for node in program.nodes if 'conv2d' in node.name)
+    set_argument(conv, 'padding', [pad*dilation]*2)
+    wrong = prove_locally(program, plan.steps, plan.state).wrong
+    assert bool(wrong)==bool(pad)

@@ -384,8 +384,8 @@ class _Notes(FakeTensorMode):
     def __init__(self): super().__init__(allow_fallback_kernels=True); self.devices = {}
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is not torch.ops.aten.empty_strided.default: return super().__torch_dispatch__(func, types, args, kwargs)
-        note = func(*args, **(kwargs | dict(device='meta')))
-        self.devices[id(note)] = kwargs['device']
+        note = func(*args, **((kwargs or {}) | dict(device='meta')))
+        self.devices[id(note)] = (kwargs or {}).get('device') or torch.get_default_device()
         return note
 
 def _remember_constants(tracer):
@@ -437,6 +437,7 @@ def program_of(
             calls.forget()
             gm = _traced(run, inputs, pre_dispatch=False)
             gm.graph.eliminate_dead_code()
+            gm.recompile()
     nodes = list(gm.graph.nodes)
     results = tree_flatten(nodes[-1].args)[0]
     if not all(isinstance(o, Node) for o in results):

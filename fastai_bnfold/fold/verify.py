@@ -276,7 +276,9 @@ def _call(self:LocalProof, node, given, bias=None):
     changed = {} if bias is None else dict(bias=bias)
     axes = self._axes(node)
     if axes and any(axis.thinned()!=axis for axis in axes):
-        changed |= dict(padding=[axis.thinned().padding for axis in axes], dilation=[axis.thinned().dilation for axis in axes])
+        changed['dilation'] = [axis.thinned().dilation for axis in axes]
+        in_words = isinstance(arguments(node)['padding'], str) # ('same' is the same)
+        if not in_words: changed['padding'] = [axis.thinned().padding for axis in axes]
     if not changed: return call_op(node, map_arg(node.args, given), map_arg(node.kwargs, given))
     args = {name: map_arg(arg, given) for name,arg in arguments(node).items()} | changed
     return node.target(*args.values())
