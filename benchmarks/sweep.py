@@ -4,10 +4,10 @@
     python benchmarks/sweep.py --out sweep.jsonl [--stage modules] [--only timm/resnet] [--redo crash]
     python benchmarks/sweep.py --out sweep.jsonl --summary benchmarks/results/sweep.json
 
-The smallest network of each family, at a small input, with random weights and BN statistics (negative, zero and tiny γ too). One process a network, with a time limit; what is done is in `--out`, a line a network, and is not done again.
+The smallest network of each family, at a small input, with random weights and BN statistics (negative, zero and tiny γ too). One process a network, with a limit of processor time; what is done is in `--out`, a line a network, and is not done again.
 A fold is judged from outside: the outputs of the folded network in float32, and of the same steps in float64, are compared with those of the unfolded one in float64, on the input and on two items.
 A BN that stays because its fold could not be proved, though the fold, done without proof in float64, is right, is a false alarm. Times are processor time on one thread. The networks are in `benchmarks/sweep_networks.py`."""
-import hashlib, json, multiprocessing, os, time, traceback, warnings
+import gc, hashlib, json, multiprocessing, os, resource, signal, time, traceback, warnings
 from collections import Counter
 from pathlib import Path
 import torch
@@ -153,21 +153,27 @@ def one(net, stage):
 # All of them
 
 def in_child(net, stage, limit):
-    "`one`, in a process of its own"
+    "`one`, in a process of its own, which is ended after `limit` seconds of processor time"
     context = multiprocessing.get_context('fork')
     receiver,sender = context.Pipe(False)
     def work():
+        resource.setrlimit(resource.RLIMIT_CPU, (int(resource_used()+limit)+1,)*2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(1, 2)
         sender.send(one(net, stage))
     child = context.Process(target=work)
     child.start()
     sender.close()
-    try: return receiver.recv() if receiver.poll(limit) else dict(outcome='slow', why=f'not done after {limit} s')
-    except EOFError: return dict(outcome='crash', why='the process died')
+    try: return receiver.recv() if receiver.poll(20*limit) else dict(outcome='slow', why=f'not done after {20*limit} s')
+    except EOFError:
+        child.join()
+        if child.exitcode in (-signal.SIGXCPU, -signal.SIGKILL): return dict(outcome='slow', why=f'not done after {limit} s of processor time')
+        return dict(outcome='crash', why=f'the process died ({child.exitcode})')
     finally:
         child.kill()
         child.join()
+
+def resource_used(): return sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
 
 def place(name):
     "A number from 0 to 1 for a name, the same everywhere"
@@ -184,6 +190,51 @@ def wanted(only, part):
     chosen = [net for net in networks(only) if only in f'{net.library}/{net.family}/{net.name}' and place(net.name)<part]
     return sorted(chosen, key=lambda net: place(net.name))
 
+# Figures
+
+JUDGED = ('right','wrong','crash','slow','false alarm')
+def is_too_slow(row): return row['fold_s']>max(2, 25*row['forward_s'])
+
+def totals(rows):
+    "The figures of some networks"
+    folded = [row for row in rows if 'bns' in row]
+    found = Counter(row['outcome'] for row in rows)
+    return dict(networks=len(rows), judged=sum(found[outcome] for outcome in JUDGED), outcomes=dict(found), bns=sum(row['bns'] for row in folded), gone=sum(row['gone'] for row in folded),
+        seconds=round(sum(row['fold_s'] for row in folded), 2), slow=sum(map(is_too_slow, folded)))
+
+def families(rows):
+    "Library and family → its figures"
+    groups = {}
+    for row in rows: groups.setdefault((row['library'], row['family']), []).append(row)
+    return groups
+
+def reasons(rows):
+    "Kind of reason → how many BNs stay for it in how many networks, and an example: the most frequent first"
+    found = {}
+    for row in rows:
+        for kind,kept in row.get('kinds', {}).items():
+            entry = found.setdefault(kind, dict(bns=0, networks=0, example=f"{row['name']}: {kept['example']}"))
+            entry['bns'] += kept['n']
+            entry['networks'] += 1
+    return dict(sorted(found.items(), key=lambda item: -item[1]['bns']))
+
+def short(row):
+    "What the results keep of a row"
+    kept = {key: row[key] for key in ('library','family','name','stage','outcome','bns','gone','forward_s','fold_s','error','error64','why') if key in row}
+    return {key: float(f'{value:.3g}') if isinstance(value, float) else value[:160] if key=='why' else value for key,value in kept.items()}
+
+def summarize(rows, out):
+    "Write the figures, and print them"
+    stages = {stage: [row for row in rows if row['stage']==stage] for stage in ('modules','graph')}
+    data = dict(machine=machine(), totals={stage: totals(some) for stage,some in stages.items()}, reasons={stage: reasons(some) for stage,some in stages.items()}, rows=sorted(map(short, rows), key=lambda row: (row['library'], row['family'].lower(), row['name'], row['stage'])))
+    Path(out).write_text(json.dumps(data, indent=1)+'\n', encoding='utf-8')
+    figures = [[library, family, row['name'], row['stage'], row['outcome'], f"{row.get('gone', '')} of {row.get('bns', '')}", f"{row.get('fold_s', 0):.2f}"]
+               for (library,family),some in sorted(families(rows).items()) for row in some if row['outcome']!='unjudged']
+    print(text_table(['library','family','network','as','outcome','BNs gone','seconds'], figures, left=5))
+    for stage,found in data['reasons'].items():
+        print(f'\n{stage}: {data["totals"][stage]}')
+        print(text_table(['why BNs stay','BNs','networks'], [[kind, entry['bns'], entry['networks']] for kind,entry in list(found.items())[:10]]))
+
 @call_parse
 def main(
     out:str='sweep.jsonl',      # A line a network; what is there is not done again
@@ -191,14 +242,16 @@ def main(
     stage:str='modules,graph',  # What to fold
     redo:str='',                # Do those of these outcomes again (`crash,slow`; `all`)
     part:float=1.,              # So large a part of all, by chance
-    limit:float=120,            # Seconds for a network
+    limit:float=60,             # Seconds of processor time for a network
     summary:str=''              # Instead: write the figures of `out` here, and print tables
 ):
     "Fold hundreds of networks"
     warnings.filterwarnings('ignore')
     if summary: return summarize(list(rows_in(out).values()), summary)
     done = {key for key,row in rows_in(out).items() if row['outcome'] not in redo.split(',') and redo!='all'}
-    for net in wanted(only, part):
+    chosen = wanted(only, part)
+    gc.freeze() # (processes share what was imported)
+    for net in chosen:
         for what in stage.split(','):
             if (net.library, net.name, what) in done: continue
             row = dict(library=net.library, family=net.family, name=net.name, stage=what) | in_child(net, what, limit)

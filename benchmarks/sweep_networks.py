@@ -190,11 +190,11 @@ def monai():
         ('SEResNet50', (), dict(spatial_dims=2, in_channels=1, num_classes=2), image), ('SEResNext50', (), dict(spatial_dims=2, in_channels=1, num_classes=2), image), ('EfficientNetBN', ('efficientnet-b0',), dict(pretrained=False, spatial_dims=2, in_channels=1), image),
         ('resnet18', (), dict(n_input_channels=1, num_classes=2), volume), ('VNet', (), {}, volume), ('HighResNet', (3,1,2), {}, volume), ('SegResNet', (3,), norm, volume), ('SegResNetDS', (3,), norm, volume),
         ('AHNet', (), dict(spatial_dims=3, psp_block_num=0), [*series(1,1,64,64,64), *series(1,1,128,128,64)]), ('HoVerNet', (), dict(mode='fast'), images(256)), ('FlexibleUNet', (1,2,'efficientnet-b0'), {}, image),
-        ('FlexibleUNet', (1,2,'resnet18'), {}, image), ('DynUNet', (3,1,2,[3,3,3],[1,2,2],[2,2]), dict(norm_name='batch'), volume), ('UNETR', (1,2,(32,32,32)), dict(norm_name='batch', num_layers=4), volume),
+        ('FlexibleUNet', (1,2,'resnet18'), {}, image), ('DynUNet', (3,1,2,[3,3,3],[1,2,2],[2,2]), dict(norm_name='batch'), volume), ('UNETR', (1,2,(32,32,32)), dict(norm_name='batch'), volume),
         ('SwinUNETR', (1,2), dict(norm_name='batch', feature_size=12), volume), ('AutoEncoder', (3,1,1), layers | norm, volume), ('Quicknat', (), {}, image), ('DiNTS', (), {}, []), ('DAF3D', (), {}, []),
         ('MILModel', (2,), dict(pretrained=False), [partial(torch.randn, 1, 3, 3, 64, 64)]), ('Regressor', ((1,32,32),(2,),(4,8),(2,2)), norm, series(2,1,32,32)), ('Generator', ((8,),(8,4,4),(8,1),(2,2)), norm, series(2,8)),
         ('RegUNet', (3,1,4), dict(depth=2), volume), ('LocalNet', (3,1,8), dict(extract_levels=(0,1,2)), volume), ('GlobalNet', ((32,32,32),3,1,8), dict(depth=2), volume), ('VoxelMorphUNet', (3,2,32,(16,32,32,32,32,32),(16,32,32,32,32)), {}, []),
-        ('SPADENet', (), {}, []), ('VISTA3D', (), {}, []), ('PatchDiscriminator', (2,8,1), dict(norm='BATCH'), image), ('MultiScalePatchDiscriminator', (1,2,8,1), dict(num_layers_d=2, norm='BATCH'), image), ('SENet154', (), dict(spatial_dims=2, in_channels=1, num_classes=2), image)):
+        ('SPADENet', (), {}, []), ('VISTA3D', (), {}, []), ('PatchDiscriminator', (2,8,1), dict(norm='BATCH'), image), ('MultiScalePatchDiscriminator', (2,2,8,1), dict(norm='BATCH'), image), ('SENet154', (), dict(spatial_dims=2, in_channels=1, num_classes=2), image)):
         if inputs: yield Net('monai', name, name, partial(getattr(nets, name), *args, **kw), inputs)
 
 # Time series

@@ -1,5 +1,6 @@
 "Pages of the benchmarks: the command, the figures and a plot, from `benchmarks/results/*.json` and the scripts' own words"
 import ast, json
+from functools import partial
 from pathlib import Path
 import matplotlib
 matplotlib.use('svg')
@@ -14,7 +15,7 @@ plt.rcParams |= {'svg.fonttype': 'none', 'font.size': 10, 'axes.spines.top': Fal
 TITLES = dict(imagenette='The published experiment', fold='Time to fold', zoo='The zoo', planning='Is planning linear?', clamp='Clamps with bounds per channel',
     deploy='Deployment', serving='Serving', pipelines='Odd image files', reliability='Reliability', small_batch='Trained in small batches',
     small_batch_alternatives='Small batches: what else?', shift='Another place', fixed_point='Fixed point',
-    aware='Trained for few bits', integer='Integers in engines', precision='int8 and bfloat16')
+    aware='Trained for few bits', integer='Integers in engines', precision='int8 and bfloat16', sweep='Which networks fold')
 NOTEBOOKS = dict(imagenette='01_imagenette', zoo='02_zoo', clamp='02_zoo', small_batch='04_small_batches', small_batch_alternatives='04_small_batches',
     fixed_point='05_fixed_point', aware='05_fixed_point', integer='05_fixed_point', deploy='06_deploy', serving='06_deploy', shift='07_shifted_data')
 
@@ -230,9 +231,61 @@ def precision(data, ax):
     ax.set_ylabel('times as fast as float32')
     return table(['network','engine','precision','BNs','ms','times as fast'], rows)
 
+def by_library(rows):
+    "Library → its rows in which BNs could be counted"
+    groups = {}
+    for row in rows:
+        if 'bns' in row: groups.setdefault(row['library'], []).append(row)
+    return groups
+
+def folded_line(library, rows):
+    "Networks, BNs, and the longest time of a fold, of a library"
+    slowest = max(rows, key=lambda row: row['fold_s'])
+    return [library, len(rows), f'{sum(row["gone"] for row in rows):,} of {sum(row["bns"] for row in rows):,}', f'{slowest["fold_s"]:.1f} ({slowest["name"]})']
+
+def sweep_cell(row):
+    "What became of a network"
+    if row is None: return ''
+    if 'bns' not in row: return row['outcome']
+    words = '' if row['outcome']=='right' else f'**{row["outcome"]}**, '
+    return f'{words}{row["gone"]} of {row["bns"]}, {row["fold_s"]:.1f} s'
+
+def sweep(data, ax):
+    rows = data['rows']
+    groups = by_library([row for row in rows if row['stage']=='modules'])
+    names = sorted(groups, key=lambda name: -len(groups[name]))
+    gone,bns = ([sum(row[key] for row in groups[name]) for name in names] for key in ('gone','bns'))
+    ax.barh(names, bns, color=RED, label='stay')
+    ax.barh(names, gone, color=BLUE, label='folded')
+    ax.bar_label(ax.containers[0], [f'{part:,} of {whole:,}' for part,whole in zip(gone, bns)], padding=3)
+    ax.margins(x=.15)
+    ax.invert_yaxis()
+    ax.set_xlabel('batch norms, in modules')
+    ax.legend(frameon=False, fontsize=9)
+    return '\n\n'.join([*map(partial(outcomes_of, data), ('modules','graph')), table(['library','networks','BNs folded','longest fold, s'], [folded_line(name, groups[name]) for name in names]),
+        '## Why batch norms stay', why_they_stay(data), '## Network by network', networks_table(rows)])
+
+def outcomes_of(data, stage):
+    "Judged networks in a sentence"
+    total = data['totals'][stage]
+    outcomes = ', '.join(f'{n} {word}' for word,n in sorted(total['outcomes'].items(), key=lambda item: -item[1]) if word!='unjudged')
+    return (f'As {dict(modules="modules", graph="exported graphs")[stage]}: {total["judged"]} of {total["networks"]} networks could be judged ({outcomes}; '
+            f'the others do not run here, or have no batch norm that runs); {total["gone"]:,} of {total["bns"]:,} BNs folded.')
+
+def why_they_stay(data):
+    "The commonest reasons"
+    rows = [[kind, found['bns'], found['networks'], found['example']] for kind,found in list(data['reasons']['modules'].items())[:10]]
+    return table(['reason: backward / forward','BNs','networks','for example'], rows)
+
+def networks_table(rows):
+    "Every network, as modules and as a graph"
+    found = {}
+    for row in rows: found.setdefault((row['library'], row['family'], row['name']), {})[row['stage']] = row
+    return table(['library','family','network','modules','graph'], [[*key, sweep_cell(stages.get('modules')), sweep_cell(stages.get('graph'))] for key,stages in found.items()])
+
 PAGES = dict(imagenette=imagenette, fold=fold, zoo=zoo, planning=planning, clamp=clamp, deploy=deploy, serving=serving, pipelines=pipelines,
     reliability=reliability, small_batch=small_batch, small_batch_alternatives=small_batch_alternatives, shift=shift, fixed_point=fixed_point,
-    aware=aware, integer=integer, precision=precision)
+    aware=aware, integer=integer, precision=precision, sweep=sweep)
 
 def plot(name, data, folder):
     "The plot of a benchmark, beside its page; its table, and the words that show the plot"

@@ -767,6 +767,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fastai_bnfold/fold/folder.py'),
                                            'fastai_bnfold.fold.folder._checksum': ( 'fold/folder.html#_checksum',
                                                                                     'fastai_bnfold/fold/folder.py'),
+                                           'fastai_bnfold.fold.folder._computed_in': ( 'fold/folder.html#_computed_in',
+                                                                                       'fastai_bnfold/fold/folder.py'),
                                            'fastai_bnfold.fold.folder._copy_of': ( 'fold/folder.html#_copy_of',
                                                                                    'fastai_bnfold/fold/folder.py'),
                                            'fastai_bnfold.fold.folder._in_training': ( 'fold/folder.html#_in_training',
