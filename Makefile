@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test docs docs-test test-oldest dist nbs run-nbs clean
+.PHONY: demo test docs docs-test test-oldest dist dist-test nbs run-nbs clean
 
 demo: $(READY)
 	$(BIN)/bnfold reproduce --data digits --out out/digits
@@ -33,6 +33,14 @@ dist: $(READY)
 	$(BIN)/python -m pip install -q build
 	rm -rf dist && $(BIN)/python -m build
 
+# … each installed into an empty environment, and tried there
+dist-test: dist
+	set -e; for file in dist/*; do \
+	  rm -rf $(VENV)-empty && $(PYTHON) -m venv $(VENV)-empty; \
+	  $(VENV)-empty/bin/python -m pip install -q $$file; \
+	  cd /tmp && $(CURDIR)/$(VENV)-empty/bin/python -W ignore $(CURDIR)/.github/smoke.py && cd $(CURDIR); \
+	done
+
 # notebooks → package, and their metadata cleaned
 nbs: $(READY)
 	$(BIN)/nbdev-export && $(BIN)/nbdev-clean
@@ -52,4 +60,4 @@ $(VENV)/.docs: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info out _docs _proc
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-empty build dist *.egg-info out _docs _proc

@@ -58,6 +58,22 @@ def test_every_backend(learn, tmp_path, backend, images):
         x = torch.randn(bs,3,*size)
         with torch.no_grad(): assert np.allclose(m(x.numpy())[0], learn.model(x), atol=1e-4)
 
+def test_a_folder_that_is_not_there_is_made(learn, tmp_path):
+    "The folders above it, too; none of them stays where the deployment fails"
+    with pytest.raises(FoldError): learn.deploy(tmp_path/'a'/'b'/'m', 'eager', tol=1e-15)
+    assert left(tmp_path)==[]
+    learn.deploy(tmp_path/'a'/'b'/'m', 'eager')
+    assert Deployed(tmp_path/'a'/'b'/'m').card['name']=='m'
+    (tmp_path/'file').touch()
+    with pytest.raises(FoldError, match='Not a directory'): learn.deploy(tmp_path/'file'/'m', 'eager')
+
+def test_a_prediction_prints_as_people_write_it(learn, tmp_path, images):
+    m = learn.deploy(tmp_path/'m', 'eager')
+    p = m.predict(get_image_files(images/'val')[0])
+    assert type(p.index) is int and 'np.' not in repr(p) and 'dtype' not in repr(p)
+    many = np.linspace(0, 1, 1000, dtype=np.float32)
+    assert repr(D.Prediction(many[1], many[1], many))=='Prediction(label=0.001, index=0.001, probs=[0.   , 0.001, 0.002, ..., 0.998, 0.999, 1.   ])'
+
 pipelines = {
     'crop': (Resize(32), ()), 'squish': (Resize((24,40), method=ResizeMethod.Squish), ()), 'pad': (Resize(40, method=ResizeMethod.Pad), ()),
     'pad zeros': (Resize(40, method=ResizeMethod.Pad, pad_mode=PadMode.Zeros), ()), 'pad border': (Resize((50,30), method=ResizeMethod.Pad, pad_mode=PadMode.Border), ()),
@@ -136,9 +152,6 @@ def test_fixed_image_size(images, tmp_path):
         m = learn.deploy(tmp_path/b, b)
         assert m.card['inputs'][0]['shape']==[None,3,32,32]
         with pytest.raises(DeployError, match=r'does not take this batch: input of shape \(1, 3, 40, 40\)'): m(np.zeros((1,3,40,40)))
-
-def test_missing_folders_are_made(learn, tmp_path):
-    assert learn.deploy(tmp_path/'out'/'models'/'m', 'eager').path==tmp_path/'out'/'models'/'m'
 
 class ByData(nn.Module):
     def __init__(self): super().__init__(); self.n = net()

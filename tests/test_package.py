@@ -1,5 +1,5 @@
 "What is released: metadata, an sdist that can be built from, types, import time"
-import configparser, re, subprocess, sys, tarfile
+import configparser, os, re, subprocess, sys, sysconfig, tarfile, venv
 from pathlib import Path
 import pytest, yaml
 
@@ -11,12 +11,50 @@ cfg = cfg['DEFAULT']
 def setup(*args, cwd=root): return subprocess.run([sys.executable, 'setup.py', '-q', *args], cwd=cwd, capture_output=True, text=True, check=True).stdout
 
 @pytest.fixture(scope='module')
-def sdist(tmp_path_factory):
-    "The unpacked sdist"
+def archive(tmp_path_factory):
+    "The sdist"
     out = tmp_path_factory.mktemp('sdist')
     setup('egg_info', '--egg-base', out, 'sdist', '--dist-dir', out)
-    with tarfile.open(next(out.glob('*.tar.gz'))) as tar: tar.extractall(out, filter='data')
-    return next(path for path in out.iterdir() if (path/'setup.py').exists())
+    return next(out.glob('*.tar.gz'))
+
+@pytest.fixture(scope='module')
+def sdist(archive):
+    "The unpacked sdist"
+    with tarfile.open(archive) as tar: tar.extractall(archive.parent, filter='data')
+    return next(path for path in archive.parent.iterdir() if (path/'setup.py').exists())
+
+def pip(*args):
+    quiet = '--quiet', '--no-deps', '--no-index', '--no-build-isolation', '--disable-pip-version-check'
+    subprocess.run([sys.executable, '-m', 'pip', *args, *quiet], capture_output=True, text=True, check=True)
+
+@pytest.fixture(scope='module')
+def wheel(archive):
+    "Built from the sdist, as an installer does where there is no wheel"
+    pip('wheel', archive, '-w', archive.parent)
+    return next(archive.parent.glob('*.whl'))
+
+@pytest.fixture
+def empty(tmp_path):
+    "An environment's Python: this one's packages without the editable install (whose `.pth` counts only where it lies)"
+    venv.create(tmp_path/'env', with_pip=False)
+    python = tmp_path/'env'/('Scripts' if sys.platform=='win32' else 'bin')/'python'
+    ask = [python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))']
+    own = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
+    (own/'others.pth').write_text(sysconfig.get_path('purelib'))
+    return python
+
+def run_alone(python, *args, cwd):
+    env = {name: value for name,value in os.environ.items() if name!='PYTHONPATH'}
+    return subprocess.run([python, *args], capture_output=True, text=True, cwd=cwd, env=env)
+
+def test_nothing_of_the_repository_is_in_the_empty_environment(empty, tmp_path):
+    assert 'No module named' in run_alone(empty, '-c', 'import fastai_bnfold', cwd=tmp_path).stderr
+
+def test_wheel_works_where_it_is_installed(empty, wheel, tmp_path):
+    "`make dist-test` does the same in environments that get everything from the package's own requirements, for the sdist, too"
+    pip('--python', empty, 'install', wheel)
+    res = run_alone(empty, '-W', 'ignore', root/'.github'/'smoke.py', cwd=tmp_path)
+    assert 'folds' in res.stdout, res.stderr[-3000:]
 
 def test_sdist_can_be_built_from(sdist): assert setup('--version', cwd=sdist).strip().splitlines()[-1]==cfg['version']
 

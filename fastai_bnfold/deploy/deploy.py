@@ -7,7 +7,7 @@ __all__ = ['check_target', 'all_or_nothing', 'make_card', 'learner_facts', 'lear
 
 # %% ../../nbs/deploy/08_deploy.ipynb #b83f21d2
 import json, os, shutil, sys, tempfile, warnings
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from datetime import datetime, timezone
 from importlib.metadata import version, PackageNotFoundError
@@ -54,30 +54,27 @@ def _put(tmp, path):
     shutil.rmtree(old, ignore_errors=True)
 
 @contextmanager
-def _parents_of(path):
-    "While active, the folders above `path` are there; of those that were not, the empty ones are gone afterwards"
-    new = [folder for folder in path.parents if not folder.exists()]
+def _folder_for(path):
+    "Make the folder that `path` is to lie in; what is empty afterwards of what was made goes again"
+    missing = [folder for folder in path.parents if not folder.exists()]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if missing: path.parent.mkdir(parents=True, exist_ok=True)
         yield
     finally:
-        with suppress(OSError): # one that is not empty
-            for folder in new: folder.rmdir()
+        for folder in missing: # the innermost first
+            with suppress(OSError): folder.rmdir()
 
+@contextmanager
 def _temporary(path):
-    "A folder beside `path`"
-    return Path(tempfile.mkdtemp(dir=path.parent, prefix=f'.{path.name}.'))
+    "A folder beside `path`, for a while"
+    tmp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f'.{path.name}.'))
+    try: yield tmp
+    finally: shutil.rmtree(tmp, ignore_errors=True)
 
 @contextmanager
 def all_or_nothing(path:Path):
     "A temporary folder, which becomes `path` if nothing is raised, and is gone if something is"
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(_parents_of(path))
-            tmp = _temporary(path)
-        except OSError as e:
-            raise DeployError(f"Cannot write to '{path.parent}': {e.strerror}. Give a path in a folder that is writable.") from e
-        stack.callback(shutil.rmtree, tmp, ignore_errors=True)
+    with _folder_for(path), _temporary(path) as tmp:
         yield tmp
         _put(tmp, path)
 

@@ -51,6 +51,12 @@ class Prediction(namedtuple('Prediction', 'label index probs')):
     and the probabilities (or the raw outputs)"""
     __slots__ = ()
 
+    def __repr__(self): # four digits, and of many values the first and the last
+        def said(value):
+            if not isinstance(value, (np.ndarray,np.generic)): return repr(value)
+            return np.array2string(np.asarray(value), precision=4, threshold=10, separator=', ')
+        return f"Prediction({', '.join(f'{name}={said(value)}' for name,value in self._asdict().items())})"
+
     def to_dict(self) -> dict:
         "For JSON: `label`, `index` and `probs` as Python's own numbers, texts and lists"
         return {name: as_json(value) for name,value in self._asdict().items()}
@@ -70,9 +76,9 @@ def _one_class(out, spec, size):
     "Of each item the most probable class"
     axis = spec.get('axis') or 1
     probs,vocab = softmax(out, axis),spec['vocab']
-    def plain(i): return i if i.ndim else int(i) # (a map of classes stays a map)
-    def label(i): return vocab[i] if vocab and not i.ndim else plain(i)
-    return [Prediction(label(i), plain(i), p) for i,p in zip(probs.argmax(axis), probs)]
+    best = probs.argmax(axis)
+    if best.ndim>1: return [Prediction(i, i, p) for i,p in zip(best, probs)] # a map of classes stays a map
+    return [Prediction(vocab[i] if vocab else i, i, p) for i,p in zip(best.tolist(), probs)]
 
 def _any_classes(out, spec, size):
     "Of each item the classes that are more probable than `thresh`"
