@@ -166,7 +166,7 @@ def test_bad_input(learn, images, tmp_path):
     fails('decides by the values of its data', tmp_path/'no'/'such'/'m', l=learner(learn.dls, ByData())) # and the folders are gone
     fails('decides by the values of its data', l=learner(learn.dls, ByData()))
     (tmp_path/'file').write_text('x'); (tmp_path/'folder').mkdir(); (tmp_path/'folder'/'x').write_text('x'); kept = ['file','folder']
-    fails('exists and is no deployment', tmp_path/'file'); fails('exists and is no deployment', tmp_path/'folder'); fails('Cannot write', tmp_path/'file'/'m')
+    fails('exists and is no deployment', tmp_path/'file'); fails('exists and is no deployment', tmp_path/'folder'); fails('not write', tmp_path/'file'/'m')
     only_train = learner(learn.dls); only_train.dls = type(learn.dls)(learn.dls.train)
     with pytest.raises(NoDataError, match='no validation set'): only_train.deploy(tmp_path/'m')
 
