@@ -7,7 +7,7 @@
 The smallest network of each family, at a small input, with random weights and BN statistics (negative, zero and tiny γ too). One process a network, with a limit of processor time; what is done is in `--out`, a line a network, and is not done again.
 A fold is judged from outside: the outputs of the folded network in float32, and of the same steps in float64, are compared with those of the unfolded one in float64, on the input and on two items.
 A BN that stays because its fold could not be proved, though the fold, done without proof in float64, is right, is a false alarm. Times are processor time on one thread. The networks are in `benchmarks/sweep_networks.py`."""
-import gc, hashlib, json, multiprocessing, os, resource, signal, time, traceback, warnings
+import gc, hashlib, json, math, multiprocessing, os, resource, signal, time, traceback, warnings
 from collections import Counter
 from pathlib import Path
 import torch
@@ -221,7 +221,13 @@ def reasons(rows):
 def short(row):
     "What the results keep of a row"
     kept = {key: row[key] for key in ('library','family','name','stage','outcome','bns','gone','forward_s','fold_s','error','error64','why') if key in row}
-    return {key: float(f'{value:.3g}') if isinstance(value, float) else value[:160] if key=='why' else value for key,value in kept.items()}
+    return {key: rounded(value) for key,value in kept.items()}
+
+def rounded(value):
+    "Three digits of a number, the beginning of a text"
+    if isinstance(value, str): return value[:160]
+    if isinstance(value, int): return value
+    return float(f'{value:.3g}') if math.isfinite(value) else str(value) # (JSON knows no infinity)
 
 def summarize(rows, out):
     "Write the figures, and print them"

@@ -138,7 +138,7 @@ ULTRALYTICS = """yolov3-tiny yolov5n yolov6n yolov8n yolov8n-cls yolov8n-seg yol
 
 @library
 def transformers():
-    import transformers as hf
+    importlib.import_module('transformers')
     def net(name, config, inputs): return Net('transformers', name.partition('For')[0].removesuffix('Model'), name, partial(of_config, name, config), inputs)
     for name,config in VISION.items(): yield net(name, config, SIZES)
     for name,(config,inputs) in OTHERS.items(): yield net(name, config, inputs)

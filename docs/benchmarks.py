@@ -272,10 +272,31 @@ def outcomes_of(data, stage):
     return (f'As {dict(modules="modules", graph="exported graphs")[stage]}: {total["judged"]} of {total["networks"]} networks could be judged ({outcomes}; '
             f'the others do not run here, or have no batch norm that runs); {total["gone"]:,} of {total["bns"]:,} BNs folded.')
 
+# Kind of reason → is there an exact fold?
+EXACT_FOLD = {
+    'read elsewhere': 'None that pays: somebody else needs the value as it is (before the BN of a pre-activation block, say), so it would have to be computed twice.',
+    'no rule': 'None: no map of a channel commutes with what follows (SiLU, softmax, `sin`).',
+    'zero padding': 'None with the same convolution: the shift would have to reach the zeros around the image, so that the pixels at the border would need a bias of their own.',
+    'shared weight': 'None with one weight: the calls of the layer have different BNs behind them. A weight for each call would take more memory than the BNs take time.',
+    'computed weight': 'None in modules: the weight is made anew at every call (its sign, say), and what is made of a scaled weight is another one.',
+    'input or output': 'None: there is no layer on that side.',
+    'product': 'None: two values that depend on the data are multiplied, and a shift of one of them would change the scale of the other.',
+    'negative scale': 'Only with positive γ: a maximum of what is turned over is a minimum.',
+    'differs by position': 'None per channel: the map is another one at other positions.',
+    'no place for a bias': 'Not in modules: the layer has no bias, and its class none to be given.',
+    'does more': 'Not by a rule: its `forward` does more than to normalize.',
+    'bare function': 'In an exported graph: there a clamp can get bounds per channel.',
+    'statistics of the batch': 'None: what it does depends on the batch.',
+    'proof failed': 'The fold was planned, and rejected by its proof.'}
+
+def meaning_of(kind):
+    "What is said of both sides of a reason"
+    return ' '.join(dict.fromkeys(EXACT_FOLD.get(side, '') for side in kind.split(' / '))).strip()
+
 def why_they_stay(data):
     "The commonest reasons"
-    rows = [[kind, found['bns'], found['networks'], found['example']] for kind,found in list(data['reasons']['modules'].items())[:10]]
-    return table(['reason: backward / forward','BNs','networks','for example'], rows)
+    rows = [[kind, found['bns'], found['networks'], meaning_of(kind), found['example']] for kind,found in list(data['reasons']['modules'].items())[:10]]
+    return table(['reason: backward / forward','BNs','networks','is there an exact fold?','for example'], rows)
 
 def networks_table(rows):
     "Every network, as modules and as a graph"
