@@ -82,6 +82,13 @@ class Inverted(nn.Module):
 class Mean(nn.Module):
     def forward(self, x): return x.mean((2,3))
 
+class ConcatPool(nn.Module):
+    "The head of fastai's vision learners: maxima and averages, side by side"
+    def __init__(self):
+        super().__init__()
+        self.ap,self.mp = nn.AdaptiveAvgPool2d(1),nn.AdaptiveMaxPool2d(1)
+    def forward(self, x): return torch.cat([self.mp(x), self.ap(x)], 1)
+
 class Viewed(nn.Module):
     "Flat by the size of the batch, as fastai's `Flatten` is"
     def forward(self, x): return x.view(x.size(0), -1)
@@ -99,10 +106,13 @@ def kinds():
         shuffle=net(Shuffle(), *conv_bn(8, 8, 1), nn.ReLU()),
         per_channel=nn.Sequential(*conv_bn(3, 8), PerChannel(), *conv_bn(8, 8), PerChannel(), *head(8)),
         average=net(nn.AvgPool2d(3, 2, 1), *conv_bn(8, 8), nn.ReLU(), nn.AvgPool2d(2), *conv_bn(8, 8)),
+        halved=net(nn.AvgPool2d(2, ceil_mode=True), *conv_bn(8, 8), nn.ReLU()),
         mean=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), Mean(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 5)),
         pre_activation=net(*pre_activation(), *pre_activation()),
         alone=nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(8*196), nn.Linear(8*196, 5)),
         viewed=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), Viewed(), nn.Linear(8, 5)),
+        fastai_head=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), ConcatPool(), nn.Flatten(), nn.BatchNorm1d(16), nn.Dropout(), nn.Linear(16, 8, bias=False),
+                                  nn.ReLU(), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 5, bias=False)),
         dense=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), nn.Conv2d(8, 5, 1)),
         no_bias=nn.Sequential(*conv_bn(3, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5, bias=False)))
 

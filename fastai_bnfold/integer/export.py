@@ -7,7 +7,7 @@ __all__ = ['int_moves', 'moves', 'splits', 'real_forms', 'in_float', 'entering',
            'exact_layer', 'EngineBN', 'products_of_layer', 'Exporter', 'best_scale', 'Pending', 'constant_of', 'Shapes',
            'onnx_model', 'rename_inputs']
 
-# %% ../../nbs/integer/12_export.ipynb #486489da
+# %% ../../nbs/integer/12_export.ipynb #76c5eaf0
 import json, numpy as np, os, tempfile, torch
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from .scales import Observe
 from .steps import *
 from .task import *
 
-# %% ../../nbs/integer/12_export.ipynb #f9c3afa4
+# %% ../../nbs/integer/12_export.ipynb #5e166513
 def entering(table:dict):
     "A decorator that takes names of PyTorch's operators, and enters a function for them in `table`"
     def of_names(*names):
@@ -65,7 +65,7 @@ def _pixel_shuffle(graph, x, node, shape):
     factor = arguments(node)['upscale_factor']
     return replace(x, name=graph('DepthToSpace', x.name, blocksize=factor, mode='CRD'), shape=shape)
 
-# %% ../../nbs/integer/12_export.ipynb #64369462
+# %% ../../nbs/integer/12_export.ipynb #b7877081
 def _per_position(value, n): return list(value)*(n//len(value)) if isinstance(value, (tuple,list)) else [value]*n
 
 @moves('max_pool1d','max_pool2d','max_pool3d')
@@ -77,6 +77,13 @@ def _max_pool(graph, x, node, shape):
                  ceil_mode=int(given['ceil_mode']))
     return replace(x, name=name, shape=shape)
 
+@moves('adaptive_max_pool1d','adaptive_max_pool2d','adaptive_max_pool3d')
+def _adaptive_max_pool(graph, x, node, shape):
+    sizes = _per_position(arguments(node)['output_size'], len(x.shape)-2)
+    if any(n%n_out for n,n_out in zip(x.shape[2:], sizes)): raise _unable(node, 'its windows are of several sizes')
+    kernel = [n//n_out for n,n_out in zip(x.shape[2:], sizes)]
+    return replace(x, name=graph('MaxPool', x.name, kernel_shape=kernel, strides=kernel), shape=(*x.shape[:2],*sizes))
+
 def _part(graph, x, split, i, shape):
     "The i-th of the parts that `split` makes"
     dim = arguments(split).get('dim', 0)%len(x.shape)
@@ -87,7 +94,7 @@ def _part(graph, x, split, i, shape):
     if len(shape)<len(x.shape): name = graph('Squeeze', name, np.array([dim], np.int64))
     return replace(x, name=name, shape=shape)
 
-# %% ../../nbs/integer/12_export.ipynb #93a65c00
+# %% ../../nbs/integer/12_export.ipynb #6394e7ba
 @dataclass
 class LayerCard:
     "How a layer was written"
@@ -126,7 +133,7 @@ class ExportCard:
         engines = [engine for engine in engine_arithmetic if self.is_exact(engine)] or ['no engine']
         return f"ExportCard({len(self.layers)} layers: {ways}; exact in {' and '.join(engines)}; {len(self.real)} in floating point)"
 
-# %% ../../nbs/integer/12_export.ipynb #e9c114e5
+# %% ../../nbs/integer/12_export.ipynb #eb16a984
 def is_value(products) -> bool:
     "Is each sum a value as it is?"
     return products.groups==len(products.weight) and products.weight.size==len(products.weight) and bool((products.weight==1).all())
@@ -166,7 +173,7 @@ def exact_layer(
     if last and n: y = graph('Transpose', y, perm=[0,n+1,*range(1, n+1)])
     return Stored(y, task.qmin, task.qmax, shape), form.__name__, in_openvino and small
 
-# %% ../../nbs/integer/12_export.ipynb #35d25f4f
+# %% ../../nbs/integer/12_export.ipynb #10368a10
 class EngineBN(nn.Module):
     "BN and quantizer as ONNX Runtime computes them behind a convolution: integers to integers"
     def __init__(self, found:EngineScale, args:tuple):
@@ -186,7 +193,7 @@ class EngineBN(nn.Module):
 
     def extra_repr(self): return f'{len(self.scale)} channels, outputs {self.found.qmin}..{self.found.qmax}'
 
-# %% ../../nbs/integer/12_export.ipynb #134bb988
+# %% ../../nbs/integer/12_export.ipynb #65313433
 def _window(node, shape, out_shape):
     "Kernel, stride and padding of an averaging operator"
     given,n = arguments(node),len(shape)-2
@@ -214,7 +221,7 @@ def products_of_layer(
     options = [tuple(_per_position(given[key], n)) for key in ('stride','padding','dilation')]
     return Products(weight, *options, given['groups'])
 
-# %% ../../nbs/integer/12_export.ipynb #dc5ef662
+# %% ../../nbs/integer/12_export.ipynb #a2e0079d
 class Exporter:
     "An integer network on its way into an ONNX graph"
     def __init__(self, net, shapes:dict, exact:bool=True, engine:str='onnxruntime'):
@@ -239,7 +246,7 @@ class Exporter:
         if layer: return self.layer(node, layer)
         return self.integers(node, span) if span else self.real(node)
 
-# %% ../../nbs/integer/12_export.ipynb #178f9908
+# %% ../../nbs/integer/12_export.ipynb #8a7cdfca
 @patch
 def input(self:Exporter, node):
     "The nearest integers of a real input, as in `Ints.of_input`; other inputs as they are"
@@ -265,7 +272,7 @@ def float_of(self:Exporter, node) -> str:
     scale = np.float32(self.net.scale[node.name])
     return self.graph('DequantizeLinear', value.name, scale, value.zero_point)
 
-# %% ../../nbs/integer/12_export.ipynb #9de723dd
+# %% ../../nbs/integer/12_export.ipynb #bbc4f6c0
 @patch
 def layer(self:Exporter, node, layer):
     "What a layer computes, quantized and clipped"
@@ -368,7 +375,7 @@ def _why_not(found, engine):
     wrong = found.wrong[engine]
     return f'{(wrong>0).sum()} of {len(wrong)} channels have no exact scale ({wrong.sum():,} inputs would be wrong)'
 
-# %% ../../nbs/integer/12_export.ipynb #37da7890
+# %% ../../nbs/integer/12_export.ipynb #b8c7d112
 def _unable(node, why):
     return FixedPointError(f"This network cannot be exported: `{op_name(node)}` ({node.name}) has no form here: {why}.")
 
@@ -382,10 +389,16 @@ def integers(self:Exporter, node, span):
     if op in ops('add'): return self.add(node, reads, span)
     if op in ops('cat'): return concatenated(self.graph, reads, arguments(node)['dim']%len(shape), *span)
     if op in int_moves: return int_moves[op](self.graph, reads[0], node, shape)
-    if 'getitem' in str(node.target): return _part(self.graph, reads[0], node.args[0], node.args[1], shape)
+    if 'getitem' in str(node.target): return self.part(reads[0], node)
     if op in splits: return reads[0]
     if node.name in self.net.clips: return self.bounded(node, self.clip(reads[0], span))
     raise _unable(node, 'it is none of the operators on integers that are known')
+
+@patch
+def part(self:Exporter, x, node):
+    "One of several results: a part of what is split, or the maxima beside their places"
+    source,i = node.args
+    return _part(self.graph, x, source, i, self.shape(node)) if op_of(source) in splits else x
 
 @patch
 def add(self:Exporter, node, reads, span):
@@ -406,7 +419,7 @@ def clip(self:Exporter, x, span):
     if isinstance(x, Pending): return quantized(self.graph, x.name, *span, x.shape)
     return clipped(self.graph, x, *span)
 
-# %% ../../nbs/integer/12_export.ipynb #f9cc83f7
+# %% ../../nbs/integer/12_export.ipynb #970a818a
 real_forms = {} # PyTorch's operator → what makes ONNX of it: a function of the exporter, the node and its arguments, tensors as names in the graph
 in_float = entering(real_forms)
 
@@ -498,7 +511,7 @@ def _real_bn(exporter, node, given):
     names = [given[key] for key in ('input','weight','bias','running_mean','running_var')]
     return exporter.graph('BatchNormalization', *names, epsilon=given['eps'])
 
-# %% ../../nbs/integer/12_export.ipynb #755cf3dc
+# %% ../../nbs/integer/12_export.ipynb #15cb8526
 @patch
 def real(self:Exporter, node):
     "An operator on real numbers; what only moves them is the same as for integers"
@@ -510,8 +523,8 @@ def real(self:Exporter, node):
     if op in int_moves: return int_moves[op](self.graph, moved(node.args[0]), node, shape).name
     if op in splits: return None # its parts are taken from what it splits
     if 'getitem' in str(node.target):
-        split = node.args[0]
-        return _part(self.graph, moved(split.args[0]), split, node.args[1], shape).name
+        source = node.args[0] if op_of(node.args[0]) not in splits else node.args[0].args[0]
+        return self.part(moved(source), node).name
     if op not in real_forms: raise _unable(node, 'it works on real numbers and is not among `real_forms`')
     given = {key: [name(v) for v in value] if isinstance(value, (list,tuple)) else name(value)
              for key,value in arguments(node).items()}
@@ -523,7 +536,7 @@ def constant_of(net, node) -> np.ndarray:
     value = getattr(net.gm, node.target).detach()
     return (value.float() if value.is_floating_point() else value).cpu().numpy()
 
-# %% ../../nbs/integer/12_export.ipynb #7c4ac093
+# %% ../../nbs/integer/12_export.ipynb #af7768c7
 class Shapes:
     "The shapes and dtypes of all values for an example"
     def __init__(self, gm, args):
@@ -542,7 +555,7 @@ class Shapes:
         self.of[node.name] = tuple(value.shape)
         self.dtypes[node.name] = str(value.dtype).removeprefix('torch.')
 
-# %% ../../nbs/integer/12_export.ipynb #2f7e3660
+# %% ../../nbs/integer/12_export.ipynb #5bba3547
 def onnx_model(
     net:IntegerNet,
     args:tuple,          # An example of its inputs: all sizes are fixed but that of the batch
@@ -589,7 +602,7 @@ def rename_inputs(model, names:dict):
     for node in model.graph.node:
         for i,name in enumerate(node.input): node.input[i] = names.get(name, name)
 
-# %% ../../nbs/integer/12_export.ipynb #74469e19
+# %% ../../nbs/integer/12_export.ipynb #d7e8e0f6
 def _write_whole(data, path):
     "All of it or nothing"
     try:
@@ -617,7 +630,7 @@ def export(self:IntegerNet,
     _write_whole(model.SerializeToString(), path)
     return card
 
-# %% ../../nbs/integer/12_export.ipynb #f6643313
+# %% ../../nbs/integer/12_export.ipynb #cd2d2152
 @patch
 def follow_engine(self:IntegerNet) -> dict: # Layer → for how many inputs it now differs, and of how many
     "Let BN and quantizer be what ONNX Runtime computes in one operator, where that is not exact"

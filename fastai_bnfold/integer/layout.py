@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_move', 'clip_of', 'divisor_of', 'Layer', 'Layout', 'Bits', 'span_of_bits', 'layout_of']
 
-# %% ../../nbs/integer/04_layout.ipynb #c85e5875
+# %% ../../nbs/integer/04_layout.ipynb #291aa0dd
 from dataclasses import dataclass, field
 from math import prod
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.fx import Node
 from ..fold.ops import arguments, op_of, ops
 from ..fold.program import Program
 
-# %% ../../nbs/integer/04_layout.ipynb #1d1844e1
+# %% ../../nbs/integer/04_layout.ipynb #11847788
 def _named(*names): return set(ops(*names))
 
 _conv,_linear,_bn,_add,_cat = (_named(*o) for o in (('conv1d','conv2d','conv3d'), ('linear',), ('batch_norm',), ('add',), ('cat',)))
@@ -22,7 +22,7 @@ _averages = _named('avg_pool1d','avg_pool2d','avg_pool3d','adaptive_avg_pool1d',
 _functions = _named('hardswish','silu','gelu','mish','sigmoid','hardsigmoid','tanh','elu','leaky_relu','softplus','selu','celu')
 _gates = _named('sigmoid','hardsigmoid') # their outputs multiply
 _product = _named('mul')
-_pools = _named('max_pool1d','max_pool2d','max_pool3d')
+_pools = _named('max_pool1d','max_pool2d','max_pool3d','adaptive_max_pool1d','adaptive_max_pool2d','adaptive_max_pool3d')
 _moves = _pools | _named('dropout','feature_dropout','clone','detach','contiguous','flatten','view','reshape','transpose','permute',
     'squeeze','unsqueeze','chunk','split','split_with_sizes','unbind','select','slice','channel_shuffle','pixel_shuffle')
 
@@ -30,7 +30,7 @@ def is_move(node) -> bool:
     "Does `node` only move what it reads?"
     return op_of(node) in _moves or 'getitem' in str(node.target)
 
-# %% ../../nbs/integer/04_layout.ipynb #eeb5eb86
+# %% ../../nbs/integer/04_layout.ipynb #4ad1b943
 def clip_of(program:Program, node:Node) -> tuple|None:
     "Lower and upper bound of a node that clips (numbers or tensors, None where it is open); None if it does something else"
     if op_of(node) not in _clips: return None
@@ -48,16 +48,21 @@ def _is_unsigned(program, node):
     lower = bounds[0]
     return bool((lower>=0).all() if isinstance(lower, Tensor) else lower>=0)
 
-# %% ../../nbs/integer/04_layout.ipynb #205353c9
+# %% ../../nbs/integer/04_layout.ipynb #f8361d84
+def _size_of_windows(given, shape):
+    "How many values each window of a pooling operator has; None if not all have as many"
+    if given.get('divisor_override'): return given['divisor_override']
+    n = len(shape)-2
+    kernel,stride,padding = ((list(given[name] or given['kernel_size'])*n)[:n] for name in ('kernel_size','stride','padding'))
+    if any(given['padding']) and not given['count_include_pad']: return None
+    left = [(size+2*pad-k)%step for size,k,step,pad in zip(shape[2:], kernel, stride, padding)]
+    if given['ceil_mode'] and any(left): return None # the last windows are smaller
+    return prod(kernel)
+
 def divisor_of(node:Node, shape:tuple, out_shape:tuple) -> int|None:
     "By which number an averaging node divides a sum, for an input of this shape; None if it is not everywhere the same"
     given = arguments(node)
-    if 'kernel_size' in given:
-        if given.get('divisor_override'): return given['divisor_override']
-        padded = any(given['padding']) and not given['count_include_pad']
-        if padded or given['ceil_mode']: return None
-        n = len(shape)-2
-        return prod(given['kernel_size']) if len(given['kernel_size'])==n else given['kernel_size'][0]**n
+    if 'kernel_size' in given: return _size_of_windows(given, shape)
     if 'output_size' in given:
         pairs = list(zip(shape[2:], out_shape[2:]))
         return prod(a//b for a,b in pairs) if all(a%b==0 for a,b in pairs) else None
@@ -65,7 +70,7 @@ def divisor_of(node:Node, shape:tuple, out_shape:tuple) -> int|None:
     if not dims or dims&{0,1}: return None # items and channels stay apart
     return prod(shape[d] for d in dims)
 
-# %% ../../nbs/integer/04_layout.ipynb #26ac032e
+# %% ../../nbs/integer/04_layout.ipynb #dc71c085
 @dataclass
 class Layer:
     "What is computed between two quantizers"
@@ -93,7 +98,7 @@ class Layout:
         "value that a layer with a BN quantizes → its name"
         return {out: layer.name for out,layer in self.layers.items() if layer.bn}
 
-# %% ../../nbs/integer/04_layout.ipynb #6ba794a8
+# %% ../../nbs/integer/04_layout.ipynb #5f4ea30f
 def _uses_own_statistics(program, bn):
     "Are the statistics the buffers of the module that runs, and not others?"
     mean,call = arguments(bn)['running_mean'],program.call(bn)
@@ -115,7 +120,7 @@ def _chain(program, head):
     if user is not None and user.args[0] is last and clip_of(program, user) is not None: clip = user
     return bn, clip
 
-# %% ../../nbs/integer/04_layout.ipynb #e42764b6
+# %% ../../nbs/integer/04_layout.ipynb #c0ce073a
 def _spreads(node):
     "Does `node` make integers of integers?"
     return is_move(node) or op_of(node) in _bn|_add|_cat|_clips|_averages|_functions|_product
@@ -129,7 +134,7 @@ def _wanted(program) -> set:
             if multiplies or (_spreads(user) and user in wanted): wanted.add(node)
     return wanted
 
-# %% ../../nbs/integer/04_layout.ipynb #92b6d868
+# %% ../../nbs/integer/04_layout.ipynb #ea4b594f
 def _multiplies(program, node):
     "Does `node` multiply by constant weights, a channel at a time?"
     if op_of(node) not in _conv|_linear: return False
@@ -147,7 +152,7 @@ def _kind_of(program, node, layout, wanted):
     if op_of(node) in _functions: return 'table'
     if op_of(node) in _product and [*node.args]==reads: return 'product'
 
-# %% ../../nbs/integer/04_layout.ipynb #24da6934
+# %% ../../nbs/integer/04_layout.ipynb #0fb054bb
 @dataclass(frozen=True)
 class Bits:
     "How many bits what has"
@@ -185,7 +190,7 @@ def span_of_bits(bits:int, unsigned:bool) -> tuple:
     "The smallest and the largest integer"
     return (0,2**bits-1) if unsigned else (-2**(bits-1),2**(bits-1)-1)
 
-# %% ../../nbs/integer/04_layout.ipynb #30a345df
+# %% ../../nbs/integer/04_layout.ipynb #b29d0bc2
 def _in_8_bits(lo, hi):
     "The part of a span that 8 bits hold: from 0 if there is no sign"
     lo = max(lo, -128)
@@ -211,7 +216,7 @@ def _span_of(program, node, layout, bits):
     if op_of(node) in _cat and list(node.args[0])==reads:
         return _in_8_bits(min(lo for lo,_ in spans), max(hi for _,hi in spans))
 
-# %% ../../nbs/integer/04_layout.ipynb #d69852ee
+# %% ../../nbs/integer/04_layout.ipynb #1e425cf3
 def _share_scale(layout, node, values):
     "From now on `node` and `values` have one scale"
     names = {layout.groups[value.name] for value in values}
@@ -223,7 +228,7 @@ def _add_value(layout, node, span, values=()):
     layout.spans[node.name] = span
     _share_scale(layout, node, values)
 
-# %% ../../nbs/integer/04_layout.ipynb #3d855a2e
+# %% ../../nbs/integer/04_layout.ipynb #58516b31
 def _why_real(program, node, layout):
     "Why a BN, or a layer with weights, works on real numbers"
     if op_of(node) in _bn and not _uses_own_statistics(program, node): return "does not normalize with running statistics of its own"
@@ -244,7 +249,7 @@ def _add_layer(program, layout, layer):
     only_averages = layer.kind in ('average','product') and all(layout.spans[v.name][0]>=0 for v in by_name[layer.head].all_input_nodes)
     _add_value(layout, by_name[layer.out], span_of_bits(layer.bits, unsigned or only_averages))
 
-# %% ../../nbs/integer/04_layout.ipynb #bae974ff
+# %% ../../nbs/integer/04_layout.ipynb #596ccf27
 def _visit(program, node, layout, bits, wanted):
     "Enter what `node` is"
     if node.op=='placeholder':

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['round_half_up', 'Ints', 'Sums', 'Learned', 'check_bits', 'int_program', 'IntegerNet', 'nodes_by_name']
 
-# %% ../../nbs/integer/06_net.ipynb #77311ac4
+# %% ../../nbs/integer/06_net.ipynb #d186c423
 import copy, torch
 from dataclasses import dataclass
 from torch import nn, Tensor
@@ -22,7 +22,7 @@ from .scales import *
 from .steps import *
 from .task import *
 
-# %% ../../nbs/integer/06_net.ipynb #6447c6ec
+# %% ../../nbs/integer/06_net.ipynb #6254e7e4
 def round_half_up(x:Tensor) -> Tensor:
     "The nearest whole number, of two the upper one: the rounding of a shift"
     return (x+.5).floor()
@@ -56,7 +56,7 @@ def _real(v):
     if isinstance(v, Tensor) and v.is_floating_point(): return v.double()
     return v
 
-# %% ../../nbs/integer/06_net.ipynb #7495979a
+# %% ../../nbs/integer/06_net.ipynb #973b8ccc
 def _with_bias(bn, bias):
     "A copy of `bn`, in float64, that subtracts its input's missing bias from the mean"
     bn = copy.deepcopy(bn).double()
@@ -69,7 +69,7 @@ def _only_bias(bias, n_channels):
     if bias is not None: bn.bias.data.copy_(bias)
     return bn
 
-# %% ../../nbs/integer/06_net.ipynb #5e8bfa0d
+# %% ../../nbs/integer/06_net.ipynb #29eef6b1
 @dataclass
 class Learned:
     "What quantization-aware training found"
@@ -109,6 +109,7 @@ def _any_batch(gm, program):
         if sizes[0]!=program.shape(x)[0]: continue
         with gm.graph.inserting_before(node): n_items = gm.graph.call_function(torch.ops.aten.sym_size.int, (x,0))
         node.args = (x, [n_items,*sizes[1:]])
+    gm.graph.eliminate_dead_code() # the places of maxima
     gm.recompile()
 
 class IntegerNet(nn.Module):
@@ -142,7 +143,7 @@ class IntegerNet(nn.Module):
         "name → node of its graph"
         return nodes_by_name(self.gm.graph)
 
-# %% ../../nbs/integer/06_net.ipynb #8b6a65ae
+# %% ../../nbs/integer/06_net.ipynb #9f0c4a11
 def nodes_by_name(program) -> dict:
     "name → node"
     return {node.name: node for node in program.nodes}
@@ -162,7 +163,7 @@ def _add_weight(self:IntegerNet, program, layer, learned):
     self.weights[layer.head] = weight.to(torch.int8),needs_float64
     return scale, (lo,hi)
 
-# %% ../../nbs/integer/06_net.ipynb #8ba800f8
+# %% ../../nbs/integer/06_net.ipynb #2747567d
 @patch
 def _input_of(self:IntegerNet, program, layer, learned):
     "Scale and range of what the quantizer of `layer` gets"
@@ -200,7 +201,7 @@ def normalize(self:IntegerNet, name:str, x:Tensor) -> Tensor:
     quantizer = self.bns[name]
     return exact_bn(x, *quantizer.args) if self.exact else quantizer(x).long()
 
-# %% ../../nbs/integer/06_net.ipynb #ce69d9b1
+# %% ../../nbs/integer/06_net.ipynb #d1246210
 @patch
 def _add_table(self:IntegerNet, head, layer):
     "What a function gives for every integer"
@@ -217,7 +218,7 @@ def _add_logits(self:IntegerNet, head, bias, scale):
     self.out_scales[head.name] = scale
     if bias is not None: self.out_biases[head.name] = round_half_up(bias/scale).long()
 
-# %% ../../nbs/integer/06_net.ipynb #f5dad8d7
+# %% ../../nbs/integer/06_net.ipynb #5413ae93
 def _integer_bound(bound, scale):
     if bound is None: return None
     return round_half_up(torch.as_tensor(bound, dtype=torch.float64)/scale).long()
@@ -237,7 +238,7 @@ def _clip(net, name, x):
         if bound is not None: x = limit(x, bound.to(x.device))
     return x
 
-# %% ../../nbs/integer/06_net.ipynb #dcc2de13
+# %% ../../nbs/integer/06_net.ipynb #d405390a
 def _sum_products(net, node, x):
     "A convolution or linear layer of integers: its sums"
     weight,needs_float64 = net.weights[node.name]
@@ -254,9 +255,10 @@ def _compute(net, layer, node, args):
     if layer.kind=='table': return Sums(net.tables[node.name].to(x.device)[x-net.layout.spans[node.args[0].name][0]])
     y = node.target(x.double(), *args[1:], **node.kwargs)
     divisor = divisor_of(node, x.shape, y.shape)
+    expect(divisor, f'an image of {tuple(x.shape[2:])} positions at `{node.name}`', 'windows of several sizes', 'a size for which all averages are of as many values')
     return Sums((y*divisor).round().long(), divisor)
 
-# %% ../../nbs/integer/06_net.ipynb #1d8c782e
+# %% ../../nbs/integer/06_net.ipynb #53cefd01
 @patch
 def average_of(self:IntegerNet, layer:Layer, divisor:int) -> str:
     "The name of the quantizer of a layer that averages over `divisor` values"
@@ -286,7 +288,7 @@ def _as_real(net, node, sums):
     if bias is not None: x = x+bias.to(x.device).view(-1,*[1]*(x.ndim-2))
     return x.double()*net.out_scales[node.name]
 
-# %% ../../nbs/integer/06_net.ipynb #8e4a3f8b
+# %% ../../nbs/integer/06_net.ipynb #5da62a73
 def _move(net, node, args, kwargs):
     "What works on integers as it does on real numbers"
     name,scale = node.name,net.scale[node.name]
@@ -297,7 +299,7 @@ def _move(net, node, args, kwargs):
     if op_name(node)=='cat': return Ints(_clip(net, name, res.long()), scale)
     return tree_map(lambda v: Ints(v.long(), scale) if isinstance(v, Tensor) else v, res)
 
-# %% ../../nbs/integer/06_net.ipynb #6af1e621
+# %% ../../nbs/integer/06_net.ipynb #ec296514
 class _Integers(Interpreter):
     "Run the graph with integers where `net` has them"
     def __init__(self, net, see):
@@ -335,7 +337,7 @@ def forward(self:IntegerNet, *args, see=None):
     with torch.no_grad(): res = _Integers(self, see).run(*fresh(as_args(list(args))))[:self.n_outputs]
     return res[0] if len(res)==1 else res
 
-# %% ../../nbs/integer/06_net.ipynb #0d196367
+# %% ../../nbs/integer/06_net.ipynb #4d1c74dc
 @patch
 def layers(self:IntegerNet):
     "A DataFrame: every layer with its kind, bits and shift, and what stays in floating point, with the reason"
