@@ -1,6 +1,7 @@
 """A network in another place: what statistics from a few unlabelled items are worth, and whether `bn_shift` sees the shift.
 
     python benchmarks/shift.py [--networks resnet18/0,densenet/0] [--cache FOLDER] [--severities 1] [--out benchmarks/results/shift.json]
+    python benchmarks/shift.py --mild --cache FOLDER --n-judged 200 --draws 3 # only what `bn_shift` sees of the mildest shifts
 
 Networks (`name/seed`) are trained on ImageNette at 64 pixels, which the environment variable IMAGENETTE names: nine epochs of SGD (MobileNetV2: six),
 the first half of them at 48 pixels. Weights, images and every figure are kept in the folder `cache`, and nothing in it is made again: a run that was stopped goes on where it was.
@@ -319,7 +320,8 @@ def seen_shifts(learn, images, n=32, draws=20):
         far = {name: distances(learn, place(pool[:n*draws//2], name, 0), like, n) for name in corruptions}
     every = [value for values in far.values() for value in values]
     medians = {name: median(values) for name,values in dict(none=near, **far).items()}
-    return dict(area={name: auc(values, near) for name,values in far.items()} | dict(all=auc(every, near)), times=medians, most_without_a_shift=max(near))
+    area = {name: auc(values, near) for name,values in far.items()} | dict(all=auc(every, near))
+    return dict(area=area, times=medians, most_without_a_shift=max(near))
 
 def mild_shifts(keep, network, learn, images, n_judged):
     "`seen_shifts`, and how many points of accuracy each costs"
@@ -398,7 +400,7 @@ def as_rows(kept):
 def kept_of(network, cache, n_judged, draws): return Kept(Path(cache)/f"{network.replace('/', '_')}_{n_judged}x{draws}.jsonl")
 
 def only_mild(network, images, cache, n_judged, draws, found):
-    "The figures that were found before, with those of the lowest severity measured"
+    "The figures that were found before, and what `bn_shift` sees of the lowest severity"
     learn = learner(trained(network, images, cache), images)
     with learn.no_bar(): mild = mild_shifts(kept_of(network, cache, n_judged, draws), network, learn, images, n_judged)
     print(network, json.dumps(mild))
