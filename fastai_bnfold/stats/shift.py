@@ -92,7 +92,7 @@ def item_products(
     rows:dict,  # The same of other items
     n_items:int
 ) -> torch.Tensor: # Item × item, float64; first those to compare with
-    "Scalar products of what the BNs get of the items, each channel with variance one in `like`, each BN with the same weight"
+    "Scalar products of what BNs get of items; a channel has variance one in `like`, all BNs the same weight"
     total = torch.zeros(n_like+n_items, n_like+n_items, dtype=torch.float64)
     shared = [bn for bn in like if bn in rows]
     for bn in shared:
@@ -105,7 +105,7 @@ def item_products(
 
 # %% ../../nbs/stats/08_shift.ipynb #8498da04
 def _apart(products, like, groups):
-    "How far the means of groups of items are from that of `like` (all indices), in directions in which these vary little"
+    "How far the means of groups of items are from that of `like` (all indices), by how these vary"
     weights = torch.zeros(len(groups), len(products), dtype=products.dtype)
     for row,group in zip(weights, groups):
         row[group] = 1/len(group)
@@ -142,7 +142,7 @@ class BNShift:
         n:int,          # Items
         far:dict,       # BN's path → its distance, in standard errors
         reference:dict, # 'validation', 'training' → for each draw of `n` items: path → distance
-        apart:tuple=()  # From `left_out`: distances of the data, and of draws of the validation set, from the rest of it
+        apart:tuple=()  # From `left_out`: distances of the data and of validation draws
     ):
         self.moments,self.n,self.far,self.reference,self.apart = rows,n,far,reference,apart
     @property
@@ -183,7 +183,8 @@ def __repr__(self:BNShift):
         said += f"; as many {name} items: {median(draws):.1f} ({min(draws):.1f} to {max(draws):.1f})"
     if self.times is None: return said+'; there is no validation set to compare it with'
     draws = self.times_of_validation
-    return said+f". By how items vary: {self.times:.2f} times as far as validation items ({min(draws):.2f} to {max(draws):.2f})"
+    said += f". By how items vary: {self.times:.2f} times as far as validation items"
+    return said+f" ({min(draws):.2f} to {max(draws):.2f})"
 
 @patch
 def _repr_html_(self:BNShift): return f'<p>{self}</p>{self.table.to_html(float_format="{:.2f}".format)}'
