@@ -1,6 +1,7 @@
 """A network in another place: what statistics from a few unlabelled items are worth, and whether `bn_shift` sees the shift.
 
     python benchmarks/shift.py [--networks resnet18/0,densenet/0] [--cache FOLDER] [--severities 1] [--out benchmarks/results/shift.json]
+    python benchmarks/shift.py --mild --cache FOLDER --n-judged 200 --draws 3 # only what `bn_shift` sees of the mildest shifts
 
 Networks (`name/seed`) are trained on ImageNette at 64 pixels, which the environment variable IMAGENETTE names: nine epochs of SGD (MobileNetV2: six),
 the first half of them at 48 pixels. Weights, images and every figure are kept in the folder `cache`, and nothing in it is made again: a run that was stopped goes on where it was.
@@ -10,7 +11,7 @@ a shift, every draw is judged by all of them). The same draws go to every prior.
 """
 import json
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 import torchvision
 from fastai.vision.all import *
 from fastcore.script import call_parse
@@ -24,6 +25,7 @@ from fastai_bnfold.lab.command import machine
 from fastai_bnfold.lab.data import find_images
 from fastai_bnfold.lab.training import AutocastCPU
 from fastai_bnfold.stats.batch import batch_statistics
+from fastai_bnfold.stats.shift import item_products, item_rows, left_out
 
 # --- images
 
@@ -300,16 +302,35 @@ def auc(far, near):
     far,near = torch.tensor(far)[:,None],torch.tensor(near)[None]
     return ((far>near).float()+.5*(far==near).float()).mean().item()
 
+def distances(learn, x, like, n=32):
+    "`BNShift.times` of every `n` of the images"
+    rows,n_items = item_rows(learn, batches(x), len(x), 64)
+    products = item_products(*like, rows, n_items)
+    items = torch.arange(n_items)+like[1]
+    apart = [left_out(products, like[1], n, draw) for draw in items.split(n)]
+    return [median(far)/median(near) for far,near in apart]
+
 def seen_shifts(learn, images, n=32, draws=20):
-    "`bn_shift` at the lowest severity against fresh draws of validation items: areas under the ROC curve"
+    """`bn_shift` at the lowest severity against fresh draws of validation items: areas under the ROC curve.
+    No item is in two draws; every shift gets half as many"""
     pool,_ = split('pool', images, 0)
-    def distances(name):
-        items = place(pool, name, 0)
-        return [learn.bn_shift(batches(items[idxs]), n=n, draws=1).distance for idxs in draws_of(n, len(pool), draws)]
-    near = distances('none')
-    far = {name: distances(name) for name in corruptions}
+    with torch.no_grad():
+        like = item_rows(learn, learn.dls.valid, 8*n, 64)
+        near = distances(learn, place(pool[:n*draws], 'none'), like, n)
+        far = {name: distances(learn, place(pool[:n*draws//2], name, 0), like, n) for name in corruptions}
     every = [value for values in far.values() for value in values]
-    return {name: auc(values, near) for name,values in far.items()} | dict(all=auc(every, near))
+    medians = {name: median(values) for name,values in dict(none=near, **far).items()}
+    area = {name: auc(values, near) for name,values in far.items()} | dict(all=auc(every, near))
+    return dict(area=area, times=medians, most_without_a_shift=max(near))
+
+def mild_shifts(keep, network, learn, images, n_judged):
+    "`seen_shifts`, and how many points of accuracy each costs"
+    x,y = split('judged', images, n_judged)
+    def as_trained(name, severity):
+        return keep((network, name, severity, 'as trained'), lambda: figures(trained_outputs(learn, place(x, name, severity)), y))['accuracy']
+    res = keep(('mild shifts',), lambda: seen_shifts(learn, images))
+    at_home = as_trained('none', 1)
+    return res | dict(n_judged=n_judged, costs={name: 100*(at_home-as_trained(name, 0)) for name in corruptions})
 
 def deployed(model, images, cache, n_judged):
     "Adapted to three places, folded, deployed with ONNX Runtime: folded BNs, changed predictions"
@@ -363,7 +384,7 @@ def show(name, res):
     methods = sorted(res['summary']['methods'].items(), key=lambda item: str(method_order(item[0])))
     lines = [[method, *[f'{100*value:.1f}' for value in row.values()]] for method,row in methods]
     print(text_table(['items/prior','no shift','shifted','mean of both','mean of places'], lines))
-    for key in ('misuse','auc','deployed'): print(key, json.dumps(res.get(key)))
+    for key in ('misuse','mild','deployed'): print(key, json.dumps(res.get(key)))
     print('gains', json.dumps(res['summary']['gains']))
 
 def as_rows(kept):
@@ -376,10 +397,19 @@ def as_rows(kept):
         rows.append(row | dict(spread=stdev(accuracies)) if accuracies else row)
     return pd.DataFrame(rows).round(4)
 
+def kept_of(network, cache, n_judged, draws): return Kept(Path(cache)/f"{network.replace('/', '_')}_{n_judged}x{draws}.jsonl")
+
+def only_mild(network, images, cache, n_judged, draws, found):
+    "The figures that were found before, and what `bn_shift` sees of the lowest severity"
+    learn = learner(trained(network, images, cache), images)
+    with learn.no_bar(): mild = mild_shifts(kept_of(network, cache, n_judged, draws), network, learn, images, n_judged)
+    print(network, json.dumps(mild))
+    return found | dict(mild=mild)
+
 def measured(network, images, cache, severities, n_judged, draws, ns):
     "All the figures of one network, and their summary"
     model = trained(network, images, cache)
-    keep = Kept(Path(cache)/f"{network.replace('/', '_')}_{n_judged}x{draws}.jsonl")
+    keep = kept_of(network, cache, n_judged, draws)
     learn = learner(model, images)
     x,y = images['val']
     with learn.no_bar():
@@ -392,7 +422,7 @@ def measured(network, images, cache, severities, n_judged, draws, ns):
         places = [('none',1),*[(name, severity) for severity in severities for name in corruptions]]
         for name,severity in progress_bar(places):
             of_place(keep, network, learn, alpha, name, severity, images, n_judged, draws, ns)
-        res['auc'] = keep(('auc',), lambda: seen_shifts(learn, images))
+        res['mild'] = mild_shifts(keep, network, learn, images, n_judged)
         res['misuse'] = keep(('misuse',), lambda: misuse(learn, images, n_judged))
         res['deployed'] = keep(('deployed',), lambda: deployed(model, images, cache, n_judged))
     rows = as_rows(keep)
@@ -414,6 +444,7 @@ def main(
     n_judged:int=800,          # Images to judge by
     draws:int=10,              # Of items, for up to 64 of them; a fifth as many for more
     again:str='',              # Measure this method again, as 'auto'
+    mild:bool=False,           # Only what `bn_shift` sees of the mildest shifts; all else in `out` stays
     out:str='benchmarks/results/shift.json' # Where the figures go
 ):
     "Accuracy, loss and calibration in other places, as trained and with other statistics"
@@ -423,7 +454,8 @@ def main(
     read = lambda: json.loads(out.read_text()) if out.exists() else dict(networks={})
     severities,ns = ([int(o) for o in text.split(',')] for text in (severities, ns))
     for network in networks.split(','):
-        res = measured(network, images, cache, severities, n_judged, draws, ns)
-        found = read()['networks'] | {network: res}
-        out.write_text(json.dumps(dict(machine=machine(), networks=found)))
-        show(network, res)
+        found = read()['networks']
+        if mild: res = only_mild(network, images, cache, n_judged, draws, found.get(network, {}))
+        else: res = measured(network, images, cache, severities, n_judged, draws, ns)
+        out.write_text(json.dumps(dict(machine=machine(), networks=read()['networks'] | {network: res})))
+        if not mild: show(network, res)

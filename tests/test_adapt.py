@@ -12,7 +12,8 @@ from fastai_bnfold.lab.training import AutocastCPU
 from fastai_bnfold.stats import adapt
 from fastai_bnfold.stats.adapt import auto_prior
 from fastai_bnfold.stats.batch import batch_norms
-from fastai_bnfold.stats.shift import distances_of_draws, item_rows
+from fastai_bnfold.stats.sampling import ItemMoments
+from fastai_bnfold.stats.shift import distance, distances_of_draws, item_products, item_rows, left_out
 from fastai_bnfold.stats.unlabelled import unlabelled_dl
 
 def images(n, seed=0, light=1., dtype=torch.float32):
@@ -416,11 +417,77 @@ def test_shift_tells_places_apart(learn):
     assert max(same_place)<1.6 and max(same_place)<min(others)
     assert same(state(learn.model), before)
 
+def rows_of(learn, x):
+    with learn.no_bar(), torch.no_grad(): return item_rows(learn, unlabelled_dl(learn, DataLoader(x, len(x))), len(x), len(x))
+
+def test_formula_of_times(learn):
+    "Products between items say what the matrix of the channels does"
+    like,items = images(24, 3),images(8, 4, .8)
+    like_rows,n_like = rows_of(learn, like)
+    rows,n_items = rows_of(learn, items)
+    (first,_),(own,_) = left_out(item_products(like_rows, n_like, rows, n_items), n_like, 12)
+    features = []
+    for bn in like_rows:
+        there,here = (torch.cat([mean,square.sqrt()], 1).double() for mean,square in (rows[bn], like_rows[bn]))
+        unit = ((here.var(0)+1e-6)*here.shape[1]*len(like_rows)).sqrt()
+        features.append(torch.cat([here, there])/unit)
+    features = torch.cat(features, 1)
+    rest = features[12:24]
+    x = rest-rest.mean(0)
+    inverse = (torch.eye(x.shape[1], dtype=x.dtype)+x.T@x).inverse()
+    for group,got in ((features[24:], first), (features[:12], own)):
+        d = group.mean(0)-rest.mean(0)
+        assert got==pytest.approx((d@inverse@d/(1/len(group)+1/12)).sqrt().item(), rel=1e-4)
+
+def test_times_is_one_without_a_shift(learn):
+    "Of a network whose statistics do not fit the validation set, too: it is that which data are compared with"
+    fresh = [quiet(learn.bn_shift, images(32, 20+i)).times for i in range(10)]
+    assert .8<np.median(fresh)<1.25
+    before = quiet(learn.bn_shift, images(32, 20))
+    learn.model[1].running_mean += 1
+    after = quiet(learn.bn_shift, images(32, 20))
+    assert after.distance>2*before.distance and after.times<1.6
+
+def test_sees_past_what_varies():
+    "A shift that is small beside the differences between items, in a direction in which they do not differ"
+    gen = torch.Generator().manual_seed(0)
+    alternately = (-1.)**torch.arange(32)
+    def rows(n, amount=0.):
+        common = torch.randn(n,1, generator=gen)
+        mean = common + .1*torch.randn(n,32, generator=gen) + amount*alternately
+        return {'bn': (mean, mean**2+torch.rand(n,32, generator=gen))}
+    bn,like = nn.BatchNorm2d(32),rows(256)
+    def summed(found):
+        moments = ItemMoments(bn)
+        moments.add(*(part.double() for part in found['bn']))
+        return distance(moments)
+    def apart(found): return np.median(left_out(item_products(like, 256, found, 32), 256, 32)[0])
+    same,other = ([rows(32, amount) for _ in range(20)] for amount in (0.,.1))
+    assert min(map(apart, other))>max(map(apart, same))
+    assert np.median(list(map(summed, other)))<max(map(summed, same))
+
+def test_rows_of_other_numbers():
+    "A BN that sees two rows for each item, or one for several"
+    gen = torch.Generator().manual_seed(0)
+    def rows(n): return tuple(torch.randn(n,4, generator=gen)**2 for _ in range(2))
+    def doubled(parts): return tuple(part.repeat_interleave(2, 0) for part in parts)
+    like,items = rows(16),rows(8)
+    once = item_products(dict(bn=like), 16, dict(bn=items), 8)
+    assert torch.allclose(item_products(dict(bn=doubled(like)), 16, dict(bn=doubled(items)), 8), once, rtol=1e-5)
+    assert item_products(dict(bn=rows(4)), 16, dict(bn=rows(2)), 8).isfinite().all()
+
+def test_few_validation_items():
+    "Four can be compared with; fewer cannot"
+    for n,known in ((3,False), (4,True)):
+        learn = Learner(DataLoaders(DataLoader(images(64), 8), DataLoader(images(n), 8)), net(), loss_func=CrossEntropyLossFlat())
+        assert (quiet(learn.bn_shift, DataLoader(images(16), 16), n=4).times is not None)==known
+
 def test_shift_is_shown(learn):
     import matplotlib.pyplot as plt
     shift = quiet(learn.bn_shift, images(32, light=.5))
     assert shift.n==32 and list(shift.reference)==['validation','training']
-    assert len(shift.reference['validation'])==256//32
+    assert len(shift.reference['validation'])==len(shift.times_of_validation)==256//32
+    assert np.median(shift.times_of_validation)==pytest.approx(1) and f'{shift.times:.2f} times' in str(shift)
     assert list(shift.table.index)==list(batch_norms(learn.model))
     assert 'times as far as validation items' in str(shift) and '<table' in shift._repr_html_()
     ax = shift.plot()
