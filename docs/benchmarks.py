@@ -268,9 +268,10 @@ def sweep(data, ax):
 def outcomes_of(data, stage):
     "Judged networks in a sentence"
     total = data['totals'][stage]
-    outcomes = ', '.join(f'{n} {word}' for word,n in sorted(total['outcomes'].items(), key=lambda item: -item[1]) if word!='unjudged')
+    outcomes = ', '.join(f'{n} {word}' for word,n in sorted(total['outcomes'].items(), key=lambda item: -item[1]) if word not in ('unjudged','refused'))
+    refused = total['outcomes'].get('refused', 0)
     return (f'As {dict(modules="modules", graph="exported graphs")[stage]}: {total["judged"]} of {total["networks"]} networks could be judged ({outcomes}; '
-            f'the others do not run here, or have no batch norm that runs); {total["gone"]:,} of {total["bns"]:,} BNs folded.')
+            f'{refused} refused in a sentence; the others do not run here, or have no batch norm that runs); {total["gone"]:,} of {total["bns"]:,} BNs folded.')
 
 # Kind of reason → is there an exact fold?
 EXACT_FOLD = {
@@ -280,6 +281,7 @@ EXACT_FOLD = {
     'shared weight': 'None with one weight: the calls of the layer have different BNs behind them. A weight for each call would take more memory than the BNs take time.',
     'computed weight': 'None in modules: the weight is made anew at every call (its sign, say), and what is made of a scaled weight is another one.',
     'input or output': 'None: there is no layer on that side.',
+    'sum': 'None: what is added to it has no BN, and would have to be scaled too.',
     'product': 'None: two values that depend on the data are multiplied, and a shift of one of them would change the scale of the other.',
     'negative scale': 'Only with positive γ: a maximum of what is turned over is a minimum.',
     'differs by position': 'None per channel: the map is another one at other positions.',

@@ -1453,6 +1453,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'fastai_bnfold/fold/rules/movement.py'),
                                                    'fastai_bnfold.fold.rules.movement._pads': ( 'fold/rules/movement.html#_pads',
                                                                                                 'fastai_bnfold/fold/rules/movement.py'),
+                                                   'fastai_bnfold.fold.rules.movement._picked': ( 'fold/rules/movement.html#_picked',
+                                                                                                  'fastai_bnfold/fold/rules/movement.py'),
                                                    'fastai_bnfold.fold.rules.movement._pieces': ( 'fold/rules/movement.html#_pieces',
                                                                                                   'fastai_bnfold/fold/rules/movement.py'),
                                                    'fastai_bnfold.fold.rules.movement._places': ( 'fold/rules/movement.html#_places',

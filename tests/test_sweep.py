@@ -88,3 +88,29 @@ def test_a_line_is_done_once(tmp_path):
         with out.open('a') as file: file.write(json.dumps(dict(library='a', name='b', stage='modules', outcome=outcome))+'\n')
     [row] = sweep.rows_in(out).values()
     assert row['outcome']=='right'
+
+class Edges(nn.Module):
+    "Nodes, picked by edges that are data, between a BN and a layer"
+    def __init__(self, pick):
+        super().__init__()
+        self.pick,self.layer,self.bn,self.head = pick,nn.Linear(6,8),nn.BatchNorm1d(8),nn.Linear(8,4)
+    def forward(self, x, ends): return self.head(self.pick(self.bn(self.layer(x).sin()), ends)).sin()
+
+PICKS = {'index_select': lambda x, ends: x.index_select(-2, ends), 'index': lambda x, ends: x[ends],
+         'gather': lambda x, ends: x.gather(0, ends[:,None].expand(-1, 8)), 'take_along_dim': lambda x, ends: x.take_along_dim(ends[:,None], 0)}
+ends = torch.tensor([1,0,3,3,2])
+
+@pytest.mark.parametrize('pick', PICKS)
+def test_a_map_per_feature_passes_what_picks_nodes(pick):
+    model = sweep.randomize_bn(Edges(PICKS[pick])).double().eval()
+    folder,args = sweep.BNFolder(),(torch.randn(4,6).double(), ends)
+    folded = folder.fold(model, args)
+    assert folder.report.n_folded==1
+    other = torch.randn(4,6).double(),ends.flip(0)
+    with torch.no_grad(): torch.testing.assert_close(folded(*other), model(*other), rtol=1e-10, atol=1e-12)
+
+def test_a_map_per_feature_stops_where_features_are_picked():
+    model = sweep.randomize_bn(Edges(lambda x, ends: x[:,ends.repeat(2)[:8]])).double().eval()
+    folder = sweep.BNFolder()
+    folder.fold(model, (torch.randn(4,6).double(), ends))
+    assert folder.report.rows[0].kind.endswith('index from the data')

@@ -106,10 +106,27 @@ def _pads(view, node, amap):
     if any(size>1 for size in padded): raise Stop(f"{view.where(node)}, which pads where the map differs", 'differs by position')
     return True
 
+_picking = ops('index','index_select','gather','take_along_dim')
+
+def _picked(view, node, amap):
+    "Does `node` pick along one dimension what the data says? A map that is the same all along it does not mind"
+    index = arguments(node)
+    named = index.get('index', index.get('indices'))
+    given = [i for i in (named if isinstance(named, (tuple,list)) else [named]) if isinstance(i, Node)]
+    if len(given)!=1 or view.is_const(given[0]) or _moved_inputs(view, node)[:1]!=[node.args[0]]: return False
+    was,becomes = view.shape(node.args[0]),view.shape(node)
+    if len(was)!=len(becomes): return False
+    dim = index['dim'] if 'dim' in index else named.index(given[0])
+    if dim is None: return False
+    dim = dim%len(was)-len(was)
+    beside = all(a==b for place,(a,b) in enumerate(zip(was, becomes), -len(was)) if place!=dim)
+    return beside and (amap.scale.ndim<-dim or amap.scale.shape[dim]==1)
+
 def movement_forward(view, node, maps):
     "Run the op on the scales and on the shifts; what comes from other inputs gets the identity map"
-    _check_indices(view, node)
     amap = maps.get(node.args[0]) if isinstance(node.args[0], Node) else None
+    if amap and op_of(node) in _picking and _picked(view, node, amap): return [(node, amap)]
+    _check_indices(view, node)
     if amap and _pads(view, node, amap): return [(node, amap)]
     def part(name): return _run_on(view, node, lambda i: getattr(maps.get(i, Affine.one()), name).expand(view.shape(i)))
     scale,shift = part('scale'),part('shift')
@@ -131,6 +148,7 @@ def _met(view, node, part, rest, out, item, size):
 
 def movement_backward(view, node, amap, item=None):
     "Run the op on the numbers of its input's elements, and see which map each of them meets (NaN: it is not read); `item`: of several outputs, the one with the map"
+    if op_of(node) in _picking and _picked(view, node, amap): return [(node.args[0], amap)]
     _check_indices(view, node)
     if _pads(view, node, amap): return [(node.args[0], amap)]
     values = _moved_inputs(view, node)
