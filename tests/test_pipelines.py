@@ -132,15 +132,16 @@ def test_unet(tmp_path, backend):
     assert np.array_equal(got.label, mask) and np.allclose(got.probs, probs, atol=1e-5)
 
 @pytest.mark.parametrize('average', [nn.AdaptiveAvgPool2d(1), lambda x: x.mean((2,3), keepdim=True), lambda x: x.mean((-1,-2))[...,None,None]], ids=['pool','mean','mean of the last'])
-def test_averages_of_a_white_page(tmp_path, average):
+@pytest.mark.parametrize('backend', ['onnx','openvino'])
+def test_averages_of_a_white_page(tmp_path, average, backend):
     "55,000 numbers that are alike, added up in float32 one after another, are all rounded in the same direction: 8e-5 here"
-    pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxruntime' if backend=='onnx' else backend)
     class Average(nn.Module):
         def forward(self, x): return average(x)
     torch.manual_seed(1)
     model = randomize_bn(nn.Sequential(nn.Conv2d(3,8,3,2), nn.BatchNorm2d(8), nn.ReLU(), Average(), nn.Flatten(), nn.Linear(8,2))).eval()
     x = torch.ones(2,3,384,576)*tensor([2.2,2.4,2.6])[:,None,None]
-    exported = export_checked(model, (x,), 'onnx', tmp_path)
+    exported = export_checked(model, (x,), backend, tmp_path)
     with torch.no_grad(): exact = model.double()(x.double())
     assert np.abs(exported.run(x.numpy())[0]-exact.numpy()).max()<2e-6
 

@@ -109,18 +109,27 @@ _pools = {aten.adaptive_avg_pool2d.default: 2, aten.adaptive_avg_pool3d.default:
 def _averaged(node) -> tuple:
     "The dimensions that a node averages over, from the last to the first, and whether they stay"
     if node.target in _pools and all(n==1 for n in node.args[1]):
-        return list(range(-1, -_pools[node.target]-1, -1)), True
+        n_dims = node.args[0].meta['val'].ndim
+        return list(range(n_dims-1, n_dims-1-_pools[node.target], -1)), True
     if node.target is not aten.mean.dim or node.kwargs: return [],True
     x,dims,*keep = node.args
     dims = {dim%x.meta['val'].ndim for dim in dims or []}
     return sorted(dims, reverse=True), bool(keep and keep[0])
 
 def _in_steps(graph, x, dims, keep):
-    "One average after another"
+    "One average after another. Every second one keeps its dimension: OpenVINO makes one of two that are alike"
+    def call(op, x, *args):
+        node = graph.call_function(op, (x, *args))
+        node.meta['val'] = op(x.meta['val'], *args)
+        return node
+    stays = [keep!=bool(i%2) for i in reversed(range(len(dims)))] # the last one is as wanted
+    for dim,stay in zip(dims, stays): x = call(aten.mean.dim, x, [dim], stay)
+    gone = [dim for dim,stay in zip(dims, stays) if not stay]
+    if keep:
+        for dim in reversed(gone): x = call(aten.unsqueeze.default, x, dim)
+        return x
     for dim in dims:
-        new = graph.call_function(aten.mean.dim, (x, [dim], keep))
-        new.meta['val'] = x.meta['val'].mean(dim, keepdim=keep)
-        x = new
+        if dim not in gone: x = call(aten.squeeze.dim, x, dim-sum(other<dim for other in gone))
     return x
 
 def averages_in_steps(ep):
@@ -163,7 +172,7 @@ def write_openvino(ep, to):
     try: ov = import_openvino()
     except ImportError as e:
         raise DeployError("Backend 'openvino' needs OpenVINO: pip install 'fastai_bnfold[openvino]'") from e
-    ov.save_model(ov.convert_model(ep), str(to/'model.xml'), compress_to_fp16=False)
+    ov.save_model(ov.convert_model(averages_in_steps(ep)), str(to/'model.xml'), compress_to_fp16=False)
     return 'model.xml'
 
 # %% ../../nbs/deploy/07_export.ipynb #3e12d7fc
