@@ -7,7 +7,7 @@ __all__ = ['int_moves', 'moves', 'splits', 'real_forms', 'in_float', 'entering',
            'exact_layer', 'EngineBN', 'products_of_layer', 'Exporter', 'best_scale', 'Pending', 'constant_of', 'Shapes',
            'onnx_model', 'rename_inputs']
 
-# %% ../../nbs/integer/12_export.ipynb #76c5eaf0
+# %% ../../nbs/integer/12_export.ipynb #24ba9651
 import json, numpy as np, os, tempfile, torch
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from .scales import Observe
 from .steps import *
 from .task import *
 
-# %% ../../nbs/integer/12_export.ipynb #5e166513
+# %% ../../nbs/integer/12_export.ipynb #b75139a7
 def entering(table:dict):
     "A decorator that takes names of PyTorch's operators, and enters a function for them in `table`"
     def of_names(*names):
@@ -65,7 +65,7 @@ def _pixel_shuffle(graph, x, node, shape):
     factor = arguments(node)['upscale_factor']
     return replace(x, name=graph('DepthToSpace', x.name, blocksize=factor, mode='CRD'), shape=shape)
 
-# %% ../../nbs/integer/12_export.ipynb #b7877081
+# %% ../../nbs/integer/12_export.ipynb #78c00fb8
 def _per_position(value, n): return list(value)*(n//len(value)) if isinstance(value, (tuple,list)) else [value]*n
 
 @moves('max_pool1d','max_pool2d','max_pool3d')
@@ -94,7 +94,7 @@ def _part(graph, x, split, i, shape):
     if len(shape)<len(x.shape): name = graph('Squeeze', name, np.array([dim], np.int64))
     return replace(x, name=name, shape=shape)
 
-# %% ../../nbs/integer/12_export.ipynb #6394e7ba
+# %% ../../nbs/integer/12_export.ipynb #08b765ee
 @dataclass
 class LayerCard:
     "How a layer was written"
@@ -133,7 +133,7 @@ class ExportCard:
         engines = [engine for engine in engine_arithmetic if self.is_exact(engine)] or ['no engine']
         return f"ExportCard({len(self.layers)} layers: {ways}; exact in {' and '.join(engines)}; {len(self.real)} in floating point)"
 
-# %% ../../nbs/integer/12_export.ipynb #eb16a984
+# %% ../../nbs/integer/12_export.ipynb #032dad31
 def is_value(products) -> bool:
     "Is each sum a value as it is?"
     return products.groups==len(products.weight) and products.weight.size==len(products.weight) and bool((products.weight==1).all())
@@ -173,7 +173,7 @@ def exact_layer(
     if last and n: y = graph('Transpose', y, perm=[0,n+1,*range(1, n+1)])
     return Stored(y, task.qmin, task.qmax, shape), form.__name__, in_openvino and small
 
-# %% ../../nbs/integer/12_export.ipynb #10368a10
+# %% ../../nbs/integer/12_export.ipynb #68465569
 class EngineBN(nn.Module):
     "BN and quantizer as ONNX Runtime computes them behind a convolution: integers to integers"
     def __init__(self, found:EngineScale, args:tuple):
@@ -193,7 +193,7 @@ class EngineBN(nn.Module):
 
     def extra_repr(self): return f'{len(self.scale)} channels, outputs {self.found.qmin}..{self.found.qmax}'
 
-# %% ../../nbs/integer/12_export.ipynb #65313433
+# %% ../../nbs/integer/12_export.ipynb #29aa8f9b
 def _window(node, shape, out_shape):
     "Kernel, stride and padding of an averaging operator"
     given,n = arguments(node),len(shape)-2
@@ -221,7 +221,7 @@ def products_of_layer(
     options = [tuple(_per_position(given[key], n)) for key in ('stride','padding','dilation')]
     return Products(weight, *options, given['groups'])
 
-# %% ../../nbs/integer/12_export.ipynb #a2e0079d
+# %% ../../nbs/integer/12_export.ipynb #5d01f596
 class Exporter:
     "An integer network on its way into an ONNX graph"
     def __init__(self, net, shapes:dict, exact:bool=True, engine:str='onnxruntime'):
@@ -246,7 +246,7 @@ class Exporter:
         if layer: return self.layer(node, layer)
         return self.integers(node, span) if span else self.real(node)
 
-# %% ../../nbs/integer/12_export.ipynb #8a7cdfca
+# %% ../../nbs/integer/12_export.ipynb #776e4e11
 @patch
 def input(self:Exporter, node):
     "The nearest integers of a real input, as in `Ints.of_input`; other inputs as they are"
@@ -272,7 +272,7 @@ def float_of(self:Exporter, node) -> str:
     scale = np.float32(self.net.scale[node.name])
     return self.graph('DequantizeLinear', value.name, scale, value.zero_point)
 
-# %% ../../nbs/integer/12_export.ipynb #bbc4f6c0
+# %% ../../nbs/integer/12_export.ipynb #c659d18d
 @patch
 def layer(self:Exporter, node, layer):
     "What a layer computes, quantized and clipped"
@@ -375,7 +375,7 @@ def _why_not(found, engine):
     wrong = found.wrong[engine]
     return f'{(wrong>0).sum()} of {len(wrong)} channels have no exact scale ({wrong.sum():,} inputs would be wrong)'
 
-# %% ../../nbs/integer/12_export.ipynb #b8c7d112
+# %% ../../nbs/integer/12_export.ipynb #3ea15978
 def _unable(node, why):
     return FixedPointError(f"This network cannot be exported: `{op_name(node)}` ({node.name}) has no form here: {why}.")
 
@@ -419,7 +419,7 @@ def clip(self:Exporter, x, span):
     if isinstance(x, Pending): return quantized(self.graph, x.name, *span, x.shape)
     return clipped(self.graph, x, *span)
 
-# %% ../../nbs/integer/12_export.ipynb #970a818a
+# %% ../../nbs/integer/12_export.ipynb #8e6e7432
 real_forms = {} # PyTorch's operator → what makes ONNX of it: a function of the exporter, the node and its arguments, tensors as names in the graph
 in_float = entering(real_forms)
 
@@ -511,7 +511,7 @@ def _real_bn(exporter, node, given):
     names = [given[key] for key in ('input','weight','bias','running_mean','running_var')]
     return exporter.graph('BatchNormalization', *names, epsilon=given['eps'])
 
-# %% ../../nbs/integer/12_export.ipynb #15cb8526
+# %% ../../nbs/integer/12_export.ipynb #0707a548
 @patch
 def real(self:Exporter, node):
     "An operator on real numbers; what only moves them is the same as for integers"
@@ -536,7 +536,7 @@ def constant_of(net, node) -> np.ndarray:
     value = getattr(net.gm, node.target).detach()
     return (value.float() if value.is_floating_point() else value).cpu().numpy()
 
-# %% ../../nbs/integer/12_export.ipynb #af7768c7
+# %% ../../nbs/integer/12_export.ipynb #7c198662
 class Shapes:
     "The shapes and dtypes of all values for an example"
     def __init__(self, gm, args):
@@ -555,7 +555,7 @@ class Shapes:
         self.of[node.name] = tuple(value.shape)
         self.dtypes[node.name] = str(value.dtype).removeprefix('torch.')
 
-# %% ../../nbs/integer/12_export.ipynb #5bba3547
+# %% ../../nbs/integer/12_export.ipynb #d1810dfa
 def onnx_model(
     net:IntegerNet,
     args:tuple,          # An example of its inputs: all sizes are fixed but that of the batch
@@ -602,7 +602,7 @@ def rename_inputs(model, names:dict):
     for node in model.graph.node:
         for i,name in enumerate(node.input): node.input[i] = names.get(name, name)
 
-# %% ../../nbs/integer/12_export.ipynb #d7e8e0f6
+# %% ../../nbs/integer/12_export.ipynb #d8226744
 def _write_whole(data, path):
     "All of it or nothing"
     try:
@@ -630,7 +630,7 @@ def export(self:IntegerNet,
     _write_whole(model.SerializeToString(), path)
     return card
 
-# %% ../../nbs/integer/12_export.ipynb #cd2d2152
+# %% ../../nbs/integer/12_export.ipynb #38934301
 @patch
 def follow_engine(self:IntegerNet) -> dict: # Layer → for how many inputs it now differs, and of how many
     "Let BN and quantizer be what ONNX Runtime computes in one operator, where that is not exact"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_move', 'clip_of', 'divisor_of', 'Layer', 'Layout', 'Bits', 'span_of_bits', 'layout_of']
 
-# %% ../../nbs/integer/04_layout.ipynb #291aa0dd
+# %% ../../nbs/integer/04_layout.ipynb #e8a3f1a3
 from dataclasses import dataclass, field
 from math import prod
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.fx import Node
 from ..fold.ops import arguments, op_of, ops
 from ..fold.program import Program
 
-# %% ../../nbs/integer/04_layout.ipynb #11847788
+# %% ../../nbs/integer/04_layout.ipynb #3c1ce47b
 def _named(*names): return set(ops(*names))
 
 _conv,_linear,_bn,_add,_cat = (_named(*o) for o in (('conv1d','conv2d','conv3d'), ('linear',), ('batch_norm',), ('add',), ('cat',)))
@@ -30,7 +30,7 @@ def is_move(node) -> bool:
     "Does `node` only move what it reads?"
     return op_of(node) in _moves or 'getitem' in str(node.target)
 
-# %% ../../nbs/integer/04_layout.ipynb #4ad1b943
+# %% ../../nbs/integer/04_layout.ipynb #03252170
 def clip_of(program:Program, node:Node) -> tuple|None:
     "Lower and upper bound of a node that clips (numbers or tensors, None where it is open); None if it does something else"
     if op_of(node) not in _clips: return None
@@ -48,7 +48,7 @@ def _is_unsigned(program, node):
     lower = bounds[0]
     return bool((lower>=0).all() if isinstance(lower, Tensor) else lower>=0)
 
-# %% ../../nbs/integer/04_layout.ipynb #f8361d84
+# %% ../../nbs/integer/04_layout.ipynb #f5f476cb
 def _size_of_windows(given, shape):
     "How many values each window of a pooling operator has; None if not all have as many"
     if given.get('divisor_override'): return given['divisor_override']
@@ -70,7 +70,7 @@ def divisor_of(node:Node, shape:tuple, out_shape:tuple) -> int|None:
     if not dims or dims&{0,1}: return None # items and channels stay apart
     return prod(shape[d] for d in dims)
 
-# %% ../../nbs/integer/04_layout.ipynb #dc71c085
+# %% ../../nbs/integer/04_layout.ipynb #92d349bd
 @dataclass
 class Layer:
     "What is computed between two quantizers"
@@ -98,7 +98,7 @@ class Layout:
         "value that a layer with a BN quantizes → its name"
         return {out: layer.name for out,layer in self.layers.items() if layer.bn}
 
-# %% ../../nbs/integer/04_layout.ipynb #5f4ea30f
+# %% ../../nbs/integer/04_layout.ipynb #88761c8c
 def _uses_own_statistics(program, bn):
     "Are the statistics the buffers of the module that runs, and not others?"
     mean,call = arguments(bn)['running_mean'],program.call(bn)
@@ -120,7 +120,7 @@ def _chain(program, head):
     if user is not None and user.args[0] is last and clip_of(program, user) is not None: clip = user
     return bn, clip
 
-# %% ../../nbs/integer/04_layout.ipynb #c0ce073a
+# %% ../../nbs/integer/04_layout.ipynb #3bc0b83c
 def _spreads(node):
     "Does `node` make integers of integers?"
     return is_move(node) or op_of(node) in _bn|_add|_cat|_clips|_averages|_functions|_product
@@ -134,7 +134,7 @@ def _wanted(program) -> set:
             if multiplies or (_spreads(user) and user in wanted): wanted.add(node)
     return wanted
 
-# %% ../../nbs/integer/04_layout.ipynb #ea4b594f
+# %% ../../nbs/integer/04_layout.ipynb #74e400e4
 def _multiplies(program, node):
     "Does `node` multiply by constant weights, a channel at a time?"
     if op_of(node) not in _conv|_linear: return False
@@ -152,7 +152,7 @@ def _kind_of(program, node, layout, wanted):
     if op_of(node) in _functions: return 'table'
     if op_of(node) in _product and [*node.args]==reads: return 'product'
 
-# %% ../../nbs/integer/04_layout.ipynb #0fb054bb
+# %% ../../nbs/integer/04_layout.ipynb #f09546ef
 @dataclass(frozen=True)
 class Bits:
     "How many bits what has"
@@ -190,7 +190,7 @@ def span_of_bits(bits:int, unsigned:bool) -> tuple:
     "The smallest and the largest integer"
     return (0,2**bits-1) if unsigned else (-2**(bits-1),2**(bits-1)-1)
 
-# %% ../../nbs/integer/04_layout.ipynb #b29d0bc2
+# %% ../../nbs/integer/04_layout.ipynb #0114e890
 def _in_8_bits(lo, hi):
     "The part of a span that 8 bits hold: from 0 if there is no sign"
     lo = max(lo, -128)
@@ -216,7 +216,7 @@ def _span_of(program, node, layout, bits):
     if op_of(node) in _cat and list(node.args[0])==reads:
         return _in_8_bits(min(lo for lo,_ in spans), max(hi for _,hi in spans))
 
-# %% ../../nbs/integer/04_layout.ipynb #1e425cf3
+# %% ../../nbs/integer/04_layout.ipynb #40f76da6
 def _share_scale(layout, node, values):
     "From now on `node` and `values` have one scale"
     names = {layout.groups[value.name] for value in values}
@@ -228,7 +228,7 @@ def _add_value(layout, node, span, values=()):
     layout.spans[node.name] = span
     _share_scale(layout, node, values)
 
-# %% ../../nbs/integer/04_layout.ipynb #58516b31
+# %% ../../nbs/integer/04_layout.ipynb #74b389b0
 def _why_real(program, node, layout):
     "Why a BN, or a layer with weights, works on real numbers"
     if op_of(node) in _bn and not _uses_own_statistics(program, node): return "does not normalize with running statistics of its own"
@@ -249,7 +249,7 @@ def _add_layer(program, layout, layer):
     only_averages = layer.kind in ('average','product') and all(layout.spans[v.name][0]>=0 for v in by_name[layer.head].all_input_nodes)
     _add_value(layout, by_name[layer.out], span_of_bits(layer.bits, unsigned or only_averages))
 
-# %% ../../nbs/integer/04_layout.ipynb #596ccf27
+# %% ../../nbs/integer/04_layout.ipynb #86341a9d
 def _visit(program, node, layout, bits, wanted):
     "Enter what `node` is"
     if node.op=='placeholder':
