@@ -9,8 +9,7 @@ import sweep
 from sweep_networks import Net, networks
 
 everywhere = [net for library in ('timm','torchvision') for net in networks(f'{library}/')] # installed wherever the tests run
-detectors = ('rcnn','retinanet','ssd','fcos') # minutes each, and which boxes they choose is a matter of rounding
-tenth = [net for net in everywhere if sweep.place(net.name)<.1 and not any(word in net.name for word in detectors)]
+tenth = [net for net in everywhere if sweep.place(net.name)<.1 and net.family!='detection'] # (detectors take minutes, and which boxes they choose is a matter of rounding)
 few = [net for net in tenth if sweep.place(net.name)<.01]
 
 right = 'right','slow' # how long it takes is for quiet machines
