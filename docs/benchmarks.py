@@ -130,15 +130,18 @@ def serving(data, ax):
     return table(['backend','threads','requests','right','wrong','errors'], [[row[key] for key in ('backend','threads','requests','right','wrong','error')] for row in data['threads']])
 
 def pipelines(data, ax):
-    names = dict.fromkeys(row['pipeline'] for row in data['rows'])
-    def wrong(name): return sum(len(row['wrong']) for row in data['rows'] if row['pipeline']==name)
-    def files(name): return sum(row['files'] for row in data['rows'] if row['pipeline']==name)
+    images,tables = data['images'],data['tables']
+    names = dict.fromkeys(row['pipeline'] for row in images['rows'])
+    def wrong(name): return sum(len(row['wrong']) for row in images['rows'] if row['pipeline']==name)
+    def files(name): return sum(row['files'] for row in images['rows'] if row['pipeline']==name)
     ax.barh(list(names), [files(name) for name in names], color=BLUE, label='as `learn.predict`')
     ax.barh(list(names), [wrong(name) for name in names], color=RED, label='otherwise')
     ax.invert_yaxis()
     ax.set_xlabel('files')
     ax.legend(frameon=False, fontsize=9, loc='upper left', bbox_to_anchor=(1,1))
-    return f'{data["items"]:,} predictions, {data["wrong"]} wrong.\n\n'+table(['pipeline','files','wrong'], [[name, files(name), wrong(name)] for name in names])
+    return (f'Images: {images["items"]:,} predictions, {images["wrong"]} wrong. Rows of tables: {tables["items"]:,}, {tables["wrong"]} wrong.\n\n'
+            + table(['pipeline','files','wrong'], [[name, files(name), wrong(name)] for name in names])+'\n\n'
+            + table(['table','rows','wrong'], [[row['table'], row['items'], len(row['wrong'])] for row in tables['rows']]))
 
 def reliability(data, ax):
     rows = data['rows']

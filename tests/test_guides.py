@@ -52,3 +52,12 @@ def test_code_runs(page, tmp_path, monkeypatch):
     found = blocks(page)
     assert found
     for block in found: execute(block, names)
+
+
+def test_every_benchmark_has_its_page(tmp_path):
+    "From the figures that are committed, without the generator of the site"
+    import subprocess, sys
+    code = "import sys; sys.path.insert(0, 'docs'); import benchmarks; from pathlib import Path; benchmarks.write_all(Path(sys.argv[1]))"
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, '-c', code, tmp_path], check=True, cwd=root)
+    assert sorted(page.stem for page in tmp_path.glob('*.md'))==sorted(file.stem for file in (root/'benchmarks'/'results').glob('*.json'))
