@@ -92,6 +92,19 @@ def test_an_exception_in_the_middle_leaves_the_weights():
     with pytest.raises(RuntimeError): model(torch.randn(1,5,9,9))
     assert model[0].weight is weight and isinstance(weight, nn.Parameter)
 
+def test_a_run_that_failed_half_way_is_forgotten():
+    "The ReLU of a block runs twice, and has a quantizer for each"
+    torch.manual_seed(1)
+    relu = nn.ReLU()
+    model = randomize_bn(nn.Sequential(*conv_bn(3, 8), relu, *conv_bn(8, 8), relu, *head(8))).eval()
+    x = example('plain', 8)
+    quantizers = attach_quantizers(model, [x], Bits(4, 4, 8, 8))
+    assert len({id(point.step) for hook in quantizers.hooks for point in hook.points.values() if hook.n_runs==2})==2
+    right = model(x)
+    def fail(*args): raise RuntimeError('half way')
+    with model[3].register_forward_pre_hook(fail), pytest.raises(RuntimeError): model(x)
+    assert torch.equal(model(x), right)
+
 class TwoReaders(nn.Module):
     def __init__(self): super().__init__(); self.conv,self.bn,self.next = nn.Conv2d(3,3,1),nn.BatchNorm2d(3),nn.Conv2d(3,3,1)
     def forward(self, x):

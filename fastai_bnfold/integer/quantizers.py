@@ -179,7 +179,7 @@ class Quantizers:
         batches:list,    # A few inputs, for the first scales
         bits:Bits
     ):
-        self.bits,self.active,self.handles,self.hooks,self.homes = bits,True,[],{},[]
+        self.bits,self.active,self.handles,self.hooks,self.homes = bits,True,[],[],[]
         batches = [as_args(batch) for batch in batches]
         with evaluating(model):
             self.program,self.layout = int_program(model, batches[0], bits)
@@ -189,6 +189,10 @@ class Quantizers:
         for name in self.layout.inputs: self.step_of(name).requires_grad_(False) # 8 bits, as it comes
         self.weights,self.modules = {},{}
         self.example = map_tensors(lambda x: x.cpu(), first_items(batches[0], 2))
+
+    def begin(self, model, args):
+        "A forward pre-hook of the model: what a run that failed half way has counted is void"
+        for hook in self.hooks: hook.run = 0
 
     def step_of(self, name) -> Step: return self.steps[self.layout.groups[name]]
 
@@ -231,6 +235,7 @@ class _Hanging:
         module = call.module
         if module not in hooks:
             hooks[module] = RunHooks(self.quantizers, self.program.n_calls[module])
+            self.quantizers.hooks.append(hooks[module])
             self.quantizers.handles.append(getattr(module, register)(getattr(hooks[module], method)))
         hooks[module].points[_run_of(self.program, call)] = self.point(name)
         self.quantizers.own(module, 'quant', self.quantizers.step_of(name))
@@ -306,6 +311,7 @@ def attach_quantizers(
     if quantizers_of(model): raise FixedPointError("This model has quantizers already. Remove them first: `quantizers_of(model).remove(model)`.")
     quantizers = Quantizers(model, batches, bits)
     hanging = _Hanging(quantizers)
+    quantizers.handles.append(model.register_forward_pre_hook(quantizers.begin))
     try:
         for name in quantizers.layout.spans: hanging.value(name)
         for layer in quantizers.layout.layers.values(): hanging.weight(layer)
