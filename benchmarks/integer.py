@@ -33,14 +33,19 @@ f32 = np.float32
 
 # Engines
 
-def onnxruntime_of(model, threads=1, **config):
-    "A function from the input to the first output"
+def onnxruntime_all(model, threads=1):
+    "A function from the input to all outputs"
     import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads,options.log_severity_level = threads,3
     engine = onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
     name = engine.get_inputs()[0].name
-    return lambda x: engine.run(None, {name: x})[0]
+    return lambda x: engine.run(None, {name: x})
+
+def onnxruntime_of(model):
+    "A function from the input to the first output"
+    run = onnxruntime_all(model)
+    return lambda x: run(x)[0]
 
 def openvino_of(model, threads=1, precision='f32'):
     "The same in OpenVINO"
@@ -270,13 +275,6 @@ def family_facts(name, size, bits=4):
     return dict(pixels=size, n_bn=n_bn, bns_on_integers=len(net.layout.bns),
                 kinds=kinds, real=net.layout.reasons, card=str(card), exact={engine: card.is_exact(engine) for engine in engines},
                 values=len(found), values_that_differ=len(other))
-
-def onnxruntime_all(model):
-    "The same as `onnxruntime_of`, to all outputs"
-    import onnxruntime
-    engine = onnxruntime.InferenceSession(model, providers=['CPUExecutionProvider'])
-    name = engine.get_inputs()[0].name
-    return lambda x: engine.run(None, {name: x})
 
 def coverage_facts():
     "Layers on integers in 14 networks of torchvision"

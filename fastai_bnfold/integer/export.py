@@ -347,17 +347,14 @@ def logits(self:Exporter, node, layer, head):
     products = products_of_layer(self.net, layer, x.shape, self.shape(node))
     small = partial_bound(products, x)<2**24
     form = _exact_form(products, small, self.engine)
-    y = self.graph.cast(form(self.graph, x, products), np.int32)
+    y = form(self.graph, x, products)
     if form is matmul_sums and n: y = self.graph('Transpose', y, perm=[0,n+1,*range(1, n+1)])
     bias = self.net.out_biases.get(layer.head)
-    if bias is not None: y = self.graph('Add', y, _as_row(bias.cpu().numpy().astype(np.int32), n))
     fits = _largest(products.weight)<=pair_limit(x.top) or form is float_sums
     lo,hi = products.range(x.lo, x.hi)
     wrong = dict(onnxruntime=0, openvino=0 if small else None)
     self.card.layers.append(LayerCard(layer.name, layer.kind, 'engine', form.__name__, len(products.weight), int((hi-lo+1).sum()), wrong, fits))
-    return self.graph('Mul', self.graph.cast(y, np.float32), np.float32(self.net.out_scales[layer.head]))
-
-def _as_row(v, n_positions): return v.reshape(-1, *[1]*n_positions)
+    return real_sums(self.graph, y, self.net.out_scales[layer.head], None if bias is None else bias.cpu().numpy(), n)
 
 def _largest(weight, multiplier=1):
     return int((abs(weight).reshape(len(weight), -1).max(1)*abs(multiplier)).max())

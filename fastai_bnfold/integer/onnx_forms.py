@@ -326,10 +326,11 @@ def products_of(graph:OnnxGraph, x:Stored, other:Stored) -> str:
 def real_sums(
     graph:OnnxGraph,
     sums:str,          # Of any type
-    scale:np.ndarray,  # What 1 stands for, per channel
-    bias:np.ndarray=None,
+    scale:float,       # What 1 stands for
+    bias:np.ndarray=None, # Whole sums, per channel
     n_positions:int=0  # Dimensions behind that of the channels
 ) -> str:
     "float32 of what the sums stand for"
-    real = graph('Mul', graph.cast(sums, np.float32), _as_row(np.float32(scale), n_positions))
-    return real if bias is None else graph('Add', real, _as_row(np.float32(bias), n_positions))
+    whole = graph.cast(sums, np.int32)
+    if bias is not None: whole = graph('Add', whole, _as_row(bias.astype(np.int32), n_positions))
+    return graph('Mul', graph.cast(whole, np.float32), np.float32(scale))
