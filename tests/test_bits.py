@@ -64,14 +64,14 @@ def test_other_than_trained(aware, tmp_path, kwargs, words):
 
 def test_an_engine_that_rounds_otherwise_is_found(learn, tmp_path, monkeypatch):
     "One integer of one value, by one"
-    load = bits_module.load_engine
+    load = bits_module.load_for_arrays
     def wrong(*args):
         run = load(*args)
-        def changed(inputs):
-            outs = run(inputs)
+        def changed(*arrays):
+            outs = run(*arrays)
             return [*outs[:-1], outs[-1]+(np.arange(outs[-1].size)==0).reshape(outs[-1].shape)]
         return changed
-    monkeypatch.setattr(bits_module, 'load_engine', wrong)
+    monkeypatch.setattr(bits_module, 'load_for_arrays', wrong)
     with pytest.raises(DeployError, match='other integers than the network .1 of'): deploy(learn, tmp_path/'m', bits=4, max_drop=100)
     assert left(tmp_path)==[]
 

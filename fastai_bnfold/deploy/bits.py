@@ -25,9 +25,6 @@ from .export import Exported
 from .precision import *
 
 # %% ../../nbs/deploy/10_bits.ipynb #1aa4fa1e
-def _require(ok, what):
-    if not ok: raise DeployError(what)
-
 @dataclass(frozen=True)
 class TargetBits(TargetPrecision):
     "An integer network that was asked for: possible here, with this backend; a `DeployError` if not"
@@ -50,10 +47,10 @@ def target_of(
     "What the arguments of `learn.deploy` ask for"
     quantizers = quantizers_of(learn.model)
     if bits is None and quantizers is None: return TargetPrecision(precision, backend, max_drop, n_calib)
-    _require(precision=='f32', f"`bits` makes a network of integers, and `precision` {precision!r} another one: give one of them "
+    required(precision=='f32', f"`bits` makes a network of integers, and `precision` {precision!r} another one: give one of them "
              "(a Learner that was trained with `QuantAware` has its bits; `learn.remove_quant()` takes them away).")
     trained = quantizers and quantizers.bits.outputs
-    _require(trained is None or bits in (None,trained), f"`bits`: got {bits}, but the model was trained with {trained}.")
+    required(trained is None or bits in (None,trained), f"`bits`: got {bits}, but the model was trained with {trained}.")
     return TargetBits(backend=backend, max_drop=max_drop, n_calib=n_calib, bits=bits or trained)
 
 # %% ../../nbs/deploy/10_bits.ipynb #3c42b385
@@ -83,7 +80,7 @@ def _n_integers_equal(net, args, names, outs):
     outs = outs[net.n_outputs:]
     for name,out in zip(names, outs):
         want = seen[name.removeprefix('integers_')]
-        _require(np.array_equal(out, want), f"The engine computes other integers than the network ({(out!=want).sum()} of {want.size} "
+        required(np.array_equal(out, want), f"The engine computes other integers than the network ({(out!=want).sum()} of {want.size} "
                  f"of the value '{name}'). Nothing was written.")
     return len(outs)
 
@@ -107,13 +104,11 @@ def write(self:TargetBits,
     net = integer_net_of(learn, model, self)
     file,card = _write(net, args, to, self, True)
     inputs = [node.name for node in net.gm.graph.nodes if node.op=='placeholder'][:len(tensors_of(args))]
-    def engine():
-        run = load_engine(self.backend, to/file, None, self.name)
-        return lambda *arrays: run(dict(zip(inputs, arrays)))
-    n_equal = _n_integers_equal(net, args, card.integers, engine()(*(x.numpy() for x in tensors_of(args))))
+    run = load_for_arrays(self.backend, to/file, inputs, self.name)
+    n_equal = _n_integers_equal(net, args, card.integers, run(*(x.numpy() for x in tensors_of(args))))
     for old in to.iterdir(): old.unlink()
     file,card = _write(net, args, to, self, False)
     facts = dict(precision=self.name, fold=_bn_facts(model, net))
     facts['integers'] = dict(bits=asdict(net.bits), n_values_equal=n_equal, layers=[asdict(layer) for layer in card.layers], real=card.real)
     shapes = [[None,*x.shape[1:]] for x in tensors_of(args)]
-    return Exported(file, None, shapes, inputs, engine()), facts
+    return Exported(file, None, shapes, inputs, load_for_arrays(self.backend, to/file, inputs, self.name)), facts

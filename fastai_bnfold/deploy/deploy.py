@@ -8,11 +8,9 @@ __all__ = ['check_target', 'all_or_nothing', 'make_card', 'learner_facts', 'lear
 # %% ../../nbs/deploy/08_deploy.ipynb #b83f21d2
 import json, os, shutil, sys, tempfile, warnings
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from datetime import datetime, timezone
 from importlib.metadata import version, PackageNotFoundError
 from pathlib import Path
-from torch import Tensor
 from fastai.learner import Learner
 from fastcore.basics import patch
 from ..errors import *
@@ -211,10 +209,8 @@ def _add_input(card, learn, args, out, dl, folder):
 
 # %% ../../nbs/deploy/08_deploy.ipynb #69f8c2cc
 def _copy(model):
-    "On the CPU, in float32. fastai's LSTMs hold results of computations, which PyTorch does not copy"
-    held = [o for module in model.modules() for o in leaves(vars(module))]
-    memo = {id(o): o.detach().clone() for o in held if isinstance(o, Tensor) and not o.is_leaf}
-    try: return deepcopy(model, memo).cpu().float().eval()
+    "On the CPU, in float32"
+    try: return copied(model).cpu().float().eval()
     except Exception as e: raise DeployError(f"The model cannot be copied ({type(e).__name__}: {e})") from e
 
 @patch

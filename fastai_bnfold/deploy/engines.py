@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['backends', 'Backend', 'engine', 'fork_safe', 'has_vnni', 'load_onnx', 'SignalStack', 'signal_stack',
            'signal_stack_kept', 'item_by_item', 'import_openvino', 'openvino_capabilities', 'load_openvino',
-           'on_arrays', 'load_torch', 'load_eager', 'load_engine']
+           'on_arrays', 'load_torch', 'load_eager', 'load_engine', 'load_for_arrays']
 
 # %% ../../nbs/deploy/01_engines.ipynb #6c25176c
 import ctypes, os, sys, warnings, weakref
@@ -218,3 +218,13 @@ def load_engine(
     except ImportError as e:
         missing = f"The engine of backend '{backend}' is not installed ({e})"
         raise DeployError(f"{missing}: pip install {' '.join(found.packages)}") from e
+
+def load_for_arrays(
+    backend:str, # As for `load_engine`
+    file,
+    names:list,  # Of the model's inputs
+    precision:str='f32'
+):
+    "The same as a function of arrays, one for each name"
+    run = load_engine(backend, file, None, precision)
+    return lambda *arrays: run(dict(zip(names, arrays)))

@@ -216,8 +216,7 @@ def _write(model, args, backend, to, sizes):
 def _export(model, args, backend, to, sizes, tol):
     "Write the model, load it, and run it on other sizes"
     file,report,shapes,names = _write(model, args, backend, to, sizes)
-    run = load_engine(backend, to/file)
-    def call(*arrays): return run(dict(zip(names, arrays)))
+    call = load_for_arrays(backend, to/file, names)
     free = sizes and any(None in shape[2:] for shape in shapes)
     for batch in (args, *other_sizes(args, shapes)):
         err = max_err(outputs(model, batch), on_tensors(call, batch))

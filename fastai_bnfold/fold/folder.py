@@ -230,14 +230,8 @@ class BNFolder:
         return args
 
 # %% ../../nbs/fold/11_folder.ipynb #338b3f7b
-def _computed_in(model):
-    "The tensors that modules hold and that were computed from parameters: PyTorch copies no such"
-    held = [x for module in model.modules() for x in vars(module).values()]
-    return [x for x in held if isinstance(x, Tensor) and not x.is_leaf]
-
 def _copy_of(model):
-    computed = {id(x): x.detach().clone() for x in _computed_in(model)}
-    try: return copy.deepcopy(model, computed)
+    try: return copied(model)
     except Exception as e: raise FoldError(f"This model cannot be copied ({type(e).__name__}: {e}). Fold it in place: `fold(model, xb, inplace=True)`") from e
 
 class Fold:

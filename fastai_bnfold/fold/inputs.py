@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['map_tensors', 'plain', 'fresh', 'first_items', 'as_args', 'leaves', 'tensors_of', 'values_of', 'describe',
            'constants_in', 'check_dense', 'same_random', 'surely', 'hooks', 'write_back', 'dotted', 'paths_of',
-           'unwrapped', 'module_at', 'evaluating', 'uncompiled', 'cannot_run', 'run']
+           'unwrapped', 'copied', 'module_at', 'evaluating', 'uncompiled', 'cannot_run', 'run']
 
 # %% ../../nbs/fold/02_inputs.ipynb #5082ad9f
 import copy, random, sys, torch, warnings
@@ -216,6 +216,12 @@ def unwrapped(module:nn.Module) -> nn.Module:
     "What `torch.compile` wraps; other modules as they are"
     while _wrapped in vars(module).get('_modules', {}): module = module._modules[_wrapped]
     return module
+
+def copied(model:nn.Module) -> nn.Module:
+    "A deep copy, also of a model that holds tensors computed from parameters, which PyTorch does not copy (fastai's LSTMs do)"
+    held = [x for module in model.modules() for x in leaves(vars(module))]
+    computed = {id(x): x.detach().clone() for x in held if isinstance(x, Tensor) and not x.is_leaf}
+    return copy.deepcopy(model, computed)
 
 def module_at(model:nn.Module, path:str) -> nn.Module:
     "The module of this path, as in `paths_of`"
