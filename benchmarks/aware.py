@@ -3,7 +3,7 @@
     python benchmarks/aware.py [--networks resnet18/0,mobilenet/0] [--cache FOLDER] [--out benchmarks/results/aware.json]
 
 The networks are those of `benchmarks/shift.py`, trained as there (64 pixels; their weights and the images are kept in the folder `cache`). From these, each number of
-bits begins anew: a few epochs of `learn.fit_one_cycle(..., cbs=QuantAware(bits))` with a distilled loss, first and last layer with 8 bits; then, for MobileNetV2, `learn.reestimate_bn()`. Accuracy is that of all 3,925 validation images, in float32.
+bits begins anew: a few epochs of `learn.fit_one_cycle(..., cbs=QuantAware(bits))` with a distilled loss, first and last layer with 8 bits; then `learn.reestimate_bn()`. Accuracy is that of all 3,925 validation images, in float32.
 """
 import json, tempfile
 from pathlib import Path
@@ -56,10 +56,10 @@ class Distill(Callback):
         self.learn.loss = self.learn.loss_grad.clone()
 
 recipes = dict(resnet18={4: dict(epochs=2, lr=1e-3), 2: dict(epochs=5, lr=2e-3)}, # bits → how they are trained
-               mobilenet={4: dict(epochs=2, lr=4e-3, reestimate=True)}) # depthwise convolutions train slowly on a CPU
+               mobilenet={4: dict(epochs=2, lr=4e-3), 2: dict(epochs=6, lr=4e-3)})
 
 def aware(network, bits, model, images, cache):
-    "A copy of the network, trained for a few bits; made once"
+    "A copy of the network, trained for a few bits, with statistics of the network as it is then; made once"
     file = Path(cache)/f"{network.replace('/','_')}_{bits}bits.pt"
     if not file.exists():
         set_seed(0)
@@ -67,7 +67,7 @@ def aware(network, bits, model, images, cache):
         learn = Learner(loaders(images, 64), deepcopy(model), loss_func=loss_func)
         recipe = recipes[network.split('/')[0]][bits]
         learn.fit_one_cycle(recipe['epochs'], recipe['lr'], cbs=[AutocastCPU(), QuantAware(bits), Distill(deepcopy(model))])
-        if recipe.get('reestimate'): learn.reestimate_bn()
+        learn.reestimate_bn()
         torch.save(learn.model.eval(), file)
     return torch.load(file, weights_only=False)
 
