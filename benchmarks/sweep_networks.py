@@ -69,7 +69,9 @@ def torchvision():
         yield Net('torchvision', family_of(name), name, partial(get_model, name, weights=None, **kw), SIZES)
     for name in words('r3d_18 mc3_18 r2plus1d_18 s3d'): yield Net('torchvision', 'video', name, partial(get_model, name, weights=None), [lambda: torch.randn(1,3,16,64,64), lambda: torch.randn(1,3,16,224,224)])
     for name in words('raft_small raft_large'): yield Net('torchvision', 'raft', name, partial(get_model, name, weights=None), [lambda: (torch.randn(1,3,128,128), torch.randn(1,3,128,128))])
-    for name in words(DETECTORS): yield Net('torchvision', 'detection', name, partial(get_model, name, weights=None, weights_backbone=None), [lambda: ([torch.rand(3,96,128), torch.rand(3,96,96)],)])
+    for name in words(DETECTORS):
+        size = {} if name.startswith('ssd') else dict(min_size=96, max_size=128) # (else they enlarge every image to 800 pixels)
+        yield Net('torchvision', 'detection', name, partial(get_model, name, weights=None, weights_backbone=None, **size), [lambda: ([torch.rand(3,96,128), torch.rand(3,96,96)],)])
 
 TORCHVISION = """
     resnet18 resnet50 resnext50_32x4d wide_resnet50_2 vgg11_bn densenet121 mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet0_5 shufflenet_v2_x0_5 shufflenet_v2_x1_0 efficientnet_b0 efficientnet_v2_s

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['map_tensors', 'plain', 'fresh', 'first_items', 'as_args', 'leaves', 'tensors_of', 'values_of', 'describe',
-           'constants_in', 'check_dense', 'same_random', 'surely', 'hooks', 'write_back', 'dotted', 'paths_of',
-           'unwrapped', 'copied', 'module_at', 'evaluating', 'uncompiled', 'cannot_run', 'run']
+           'constants_in', 'check_dense', 'same_random', 'other_random', 'surely', 'hooks', 'write_back', 'dotted',
+           'paths_of', 'unwrapped', 'copied', 'module_at', 'evaluating', 'uncompiled', 'cannot_run', 'run']
 
 # %% ../../nbs/fold/02_inputs.ipynb #5082ad9f
 import copy, random, sys, torch, warnings
@@ -151,6 +151,13 @@ def same_random():
     finally:
         random.setstate(state)
         if numpy: numpy.random.set_state(numpys)
+
+@contextmanager
+def other_random():
+    "As `same_random`; meanwhile, other numbers are drawn than outside of it, the same ones each time"
+    with same_random():
+        torch.manual_seed(torch.initial_seed()+1)
+        yield
 
 @contextmanager
 def surely(restore):

@@ -333,7 +333,7 @@ def steps_at(steps, program) -> dict:
 def prove_locally(program:Program, steps:list, state:State) -> LocalProof:
     "The proof, run; `outputs` are those of the graph"
     proof = LocalProof(program, steps, state)
-    with torch.no_grad(), same_random():
+    with torch.no_grad(), other_random(): # (those of the trace)
         try: results = tensors_of(proof.run(*map(own_copy, program.inputs), enable_io_processing=False))
         except RuntimeError as e: raise cannot_run_again(e) from e
     proof.outputs = results[:len(program.outputs)] # (after them: what somebody keeps)
@@ -428,17 +428,15 @@ class Changed:
 
     def planned(self, events) -> list:
         "What should run after the fold, of what ran before: of a changed layer, whose bias may take another operator, only the call"
-        watched,res = self.watched,[]
-        for path,op in events:
-            if path in self.gone or self._is_within(path): continue
-            if (op is None)==(path in watched): res.append((path, op))
-        return res
-    def _is_within(self, path):
+        watched = self.watched
+        paths = {path for path,_ in events}
+        left_out = {path for path in paths if path in self.gone or self._is_within(path, watched)}
+        return [(path, op) for path,op in events if path not in left_out and (op is None)==(path in watched)]
+    def _is_within(self, path, watched):
         "Is it a part of a changed module (a parametrization)?"
         parts = path.split('.')
         outer = {'.'.join(parts[:n]) for n in range(1, len(parts))}
-        if any(child==path or child in outer for child in self.children): return False
-        return bool(outer & self.watched)
+        return self.children.isdisjoint({path, *outer}) and not outer.isdisjoint(watched)
 
 def _in_proportion(ran:dict, expected:dict) -> bool:
     "Did all that is in `ran` run as often as expected, or all so many times as often?"
@@ -488,6 +486,8 @@ def another_length(x):
 def _smaller(size): return max(1, (size//2-1)//2*2+1) # odd: what halves it rounds
 def _much_smaller(size): return _smaller(size//2 if size>=128 else size) # (a large one costs time)
 def _larger(size): return (int(1.2*size)+1)//2*2+1
+def _half(size): return max(1, size//2) # (what halves it many times may take no odd one)
+def _same(size): return size
 def _less(size): return size-32 if size>64 else size+64
 def _more(size): return size+32
 def _a_little_more(size): return size+max(1, size//8)*4 # (frames of a video: few beside the pixels)
@@ -512,6 +512,7 @@ def ways_to_resize(args:tuple) -> list:
     if any(map(_behind_channels, tensors)):
         add(_behind_channels, (_much_smaller, _larger))
         if any(max(o.shape[2:], default=0)>=128 for o in tensors): add(_behind_channels, (_smaller, _larger))
+        if any(len(_behind_channels(o))>1 for o in tensors): add(_behind_channels, (_half, _same))
         add(_behind_channels, (_less, _more))
         if any(len(_behind_channels(o))>1 for o in tensors): add(_behind_channels, (_more, _more))
         if any(len(_behind_channels(o))>2 for o in tensors): add(_behind_channels, (_a_little_more, _more, _more))
@@ -521,7 +522,7 @@ def ways_to_resize(args:tuple) -> list:
 def is_costly(args:tuple, example:tuple) -> bool:
     "Is this input much larger than the example, and no small one?"
     n,n_example = (sum(o.numel() for o in tensors_of(given)) for given in (args, example))
-    return n>max(3*n_example, 2**18)
+    return n>max(3*n_example, 2**16)
 
 def other_values(args:tuple) -> dict:
     "What is other → arguments, for a model that looks at its data"
