@@ -55,7 +55,7 @@ class Distill(Callback):
         self.learn.loss_grad = (self.learn.loss_grad+distance)/2
         self.learn.loss = self.learn.loss_grad.clone()
 
-recipes = dict(resnet18={4: dict(epochs=2, lr=1e-3), 2: dict(epochs=5, lr=2e-3)}, # bits → how they are trained
+recipes = dict(resnet18={4: dict(epochs=2, lr=1e-3), 2: dict(epochs=6, lr=2e-3)}, # bits → how they are trained
                mobilenet={4: dict(epochs=2, lr=4e-3), 2: dict(epochs=6, lr=4e-3)})
 
 def aware(network, bits, model, images, cache):

@@ -2137,6 +2137,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'fastai_bnfold/integer/layout.py'),
                                               'fastai_bnfold.integer.layout._in_8_bits': ( 'integer/layout.html#_in_8_bits',
                                                                                            'fastai_bnfold/integer/layout.py'),
+                                              'fastai_bnfold.integer.layout._is_term': ( 'integer/layout.html#_is_term',
+                                                                                         'fastai_bnfold/integer/layout.py'),
                                               'fastai_bnfold.integer.layout._is_unsigned': ( 'integer/layout.html#_is_unsigned',
                                                                                              'fastai_bnfold/integer/layout.py'),
                                               'fastai_bnfold.integer.layout._kind_of': ( 'integer/layout.html#_kind_of',

@@ -167,7 +167,17 @@ def _label(program, node):
     several = call is not None and program.n_calls[call.module]>1
     return f'{name}_{node.name}' if several else name
 
-def _bits_of(node, kind, bits): return max(bits, 7) if kind=='average' or op_of(node) in _gates else bits
+def _is_term(program, node):
+    "Is it a term of a sum that is clipped below zero next?"
+    total = _only_user(program, node)
+    if total is None or op_of(total) not in _add: return False
+    clip = _only_user(program, total)
+    return clip is not None and _is_unsigned(program, clip)
+
+def _bits_of(program, node, kind, last, bits):
+    "How many the integers of the value `last` have, of the layer that begins at `node`"
+    res = max(bits, 7) if kind=='average' or op_of(node) in _gates else bits
+    return min(res+1, 8) if _is_term(program, last) else res
 
 def _reads_input(node):
     "Is what `node` reads an input of the model, moved at most?"
@@ -183,7 +193,7 @@ def _layer(program, node, kind, bits, wanted):
     last = clip or bn or node
     if kind=='scale': bn = node
     weight_bits = bits.first if _reads_input(node) else bits.weights
-    return Layer(_label(program, bn or node), kind, node.name, last.name, _bits_of(node, kind, bits.outputs), weight_bits,
+    return Layer(_label(program, bn or node), kind, node.name, last.name, _bits_of(program, node, kind, last, bits.outputs), weight_bits,
                  bn and bn.name, clip and clip.name)
 
 def span_of_bits(bits:int, unsigned:bool) -> tuple:
