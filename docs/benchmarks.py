@@ -282,7 +282,7 @@ EXACT_FOLD = {
     'no rule': 'None: no map of a channel commutes with what follows (SiLU, softmax, `sin`).',
     'zero padding': 'None with the same convolution: the shift would have to reach the zeros around the image, so that the pixels at the border would need a bias of their own.',
     'shared weight': 'None with one weight: the calls of the layer have different BNs behind them. A weight for each call would take more memory than the BNs take time.',
-    'computed weight': 'Not in modules, where the weight is made anew at every call (its sign, a mask), and its numbers have no other place. In an exported graph what is made of parameters alone is a constant, and folds.',
+    'computed weight': 'Not in modules, where the weight is made anew at every call (its sign, a sum over experts), and its numbers have no other place; a mask is no obstacle. In an exported graph what is made of parameters alone is a constant, and folds.',
     'shared activation': 'In an exported graph, where each call can get bounds of its own; in modules with an activation for each call.',
     'input or output': 'None: there is no layer on that side.',
     'sum': 'None: what is added to it has no BN, and would have to be scaled too.',

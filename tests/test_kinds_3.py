@@ -1,5 +1,6 @@
 """Kinds of faults that a third hostile look found: one BN that cannot go held the others back, true folds were refused, reasons were untrue.
 Each has the right value, and variations; a fold is compared with the unfolded model, also on inputs that it has not seen"""
+import copy
 from math import log2
 import pytest, torch, torch.nn.functional as F
 from torch import nn
@@ -469,3 +470,72 @@ def test_a_weight_that_is_standardized_is_a_constant():
     def forward(m, x): return F.conv2d(x, F.batch_norm(m.c.weight.flatten(1)[None], None, None, training=True).view_as(m.c.weight))
     [row] = folded(Net(forward, c=conv()), x).rows
     assert row.kind=='constant' and 'constant of the model' in row.reason
+
+# --- a weight that is multiplied by constants where it is read --------------------------------------
+
+def with_mask(layer, read, register='buffer'):
+    "A layer that reads its weight through `read`, which gets a mask, too"
+    mask = torch.randint(0, 3, layer.weight.shape)-1. # nothing, once, and turned over
+    if register=='buffer': layer.register_buffer('mask', mask)
+    else: layer.mask = nn.Parameter(mask, requires_grad=register=='trained')
+    layer.read = read
+    return layer
+
+class MaskedConv(nn.Conv2d):
+    def forward(self, x): return self._conv_forward(x, self.read(self.weight, self.mask), self.bias)
+class MaskedTransposed(nn.ConvTranspose2d):
+    def forward(self, x): return F.conv_transpose2d(x, self.read(self.weight, self.mask), self.bias, groups=self.groups)
+
+masked_layers = {'conv': lambda: MaskedConv(4,4,3), 'without bias': lambda: MaskedConv(4,4,3,bias=False), 'groups': lambda: MaskedConv(4,4,3,groups=2),
+                 'depthwise': lambda: MaskedConv(4,4,1,groups=4,bias=False), 'transposed': lambda: MaskedTransposed(4,4,1)}
+readings = {'mask': torch.mul, 'scaled': lambda weight, mask: 3*mask*weight, 'divided': lambda weight, mask: weight/(mask+2),
+            'where': lambda weight, mask: torch.where(mask>0, weight, 0.), 'flat': lambda weight, mask: (weight.flatten()*mask.flatten()).view_as(weight),
+            'turned': lambda weight, mask: (weight*mask).flip(0)}
+
+@pytest.mark.parametrize('layer', masked_layers)
+@pytest.mark.parametrize('read', readings)
+def test_masked_weights(layer, read):
+    torch.manual_seed(0)
+    def forward(m, x): return m.after(m.layer(m.before(x.relu()))).relu()
+    net = Net(forward, before=nn.BatchNorm2d(4), layer=with_mask(masked_layers[layer](), readings[read]), after=nn.BatchNorm2d(4))
+    image = torch.randn(2,4,9,9).double()
+    assert folded(net, image, others=[(image[:1,:,:7],)]).n_folded==2
+    assert folded_graph(export(net, (image,)), image).n_folded==2
+
+@pytest.mark.parametrize('register', ['frozen','trained'])
+def test_a_mask_may_be_a_parameter(register):
+    def forward(m, x): return m.after(m.layer(x))
+    net = Net(forward, layer=with_mask(MaskedConv(3,4,3), torch.mul, register), after=nn.BatchNorm2d(4))
+    mask = net.layer.mask.clone()
+    report = folded(net, x)
+    assert report.n_folded==1 and torch.equal(net.layer.mask, mask)
+
+def test_masked_linear_layer():
+    class Masked(nn.Linear):
+        def forward(self, x): return F.linear(x, self.weight*self.mask, self.bias)
+    def forward(m, x): return m.second(m.bn(m.first(x)).relu())
+    def layer(): return with_mask(Masked(6,6), None)
+    numbers = torch.randn(5,6).double()
+    assert folded(Net(forward, first=layer(), bn=nn.BatchNorm1d(6), second=layer()), numbers, others=[(numbers[:2],)]).n_folded==1
+
+def test_what_a_mask_hides_cannot_take_a_value_beside_in():
+    "`conv(x) + bn(x)`: the conv could add its input, if its mask did not hide that place"
+    def forward(m, x): return m.layer(x)+m.bn(x)
+    layer = with_mask(MaskedConv(3,3,3,padding=1), torch.mul)
+    for hidden in (True, False):
+        layer.mask.fill_(1)
+        if hidden: layer.mask[:,:,1,1] = 0
+        report = folded(Net(forward, layer=copy.deepcopy(layer), bn=bn(3)), x)
+        assert report.n_folded==(not hidden)
+
+@pytest.mark.parametrize('read', [lambda w,mask: w*mask+1e-3, lambda w,mask: w*w, lambda w,mask: w.sign()*mask, lambda w,mask: w-w.mean(), lambda w,mask: mask.cumsum(0)*w.cumsum(0)])
+def test_what_is_more_than_a_mask_stays(read):
+    def forward(m, x): return m.bn(m.layer(x)).sin()
+    [row] = folded(Net(forward, layer=with_mask(MaskedConv(3,3,3), read), bn=bn(3)), x).rows
+    assert not row.folded and 'computed weight' in row.kind
+
+def test_one_weight_behind_two_masks_stays():
+    def forward(m, x): return m.bn(F.conv2d(x, m.c.weight*m.one)).relu()+m.other(F.conv2d(x, m.c.weight*m.two)).relu()
+    net = Net(forward, c=conv(3,3), bn=bn(3), other=bn(3))
+    for name in ('one','two'): net.register_buffer(name, torch.randint(0, 2, net.c.weight.shape).double())
+    assert folded(net, x).n_folded==0

@@ -115,6 +115,7 @@ def _is_centred(view, node, source) -> bool:
 def _absorb_beside(view, node, amap, side):
     if op_name(node)=='linear': layer,dim = linear_layer(view, node, amap)[1],-1
     else: layer,dim = conv_layer(view, node, amap),1-len(view.shape(arguments(node)['weight']))
+    if layer.reading and not layer.reading.whole: raise Stop(f"{view.where(node)}, whose weight a mask hides in part", 'computed weight')
     return Absorb(layer, side, per_channel(view, node, amap, dim), node)
 
 def beside(view, value:Node, amap:Affine, reader:Node):

@@ -8,6 +8,7 @@ __all__ = ['parameter', 'absorber', 'is_conv', 'is_transposed', 'conv_layer', 'c
 
 # %% ../../../nbs/fold/rules/01_linear.ipynb #62ac44ef
 import torch
+from functools import partial
 from torch.fx import Node
 from ..affine import *
 from ..inputs import dotted
@@ -16,25 +17,34 @@ from ..state import *
 from .registry import *
 
 # %% ../../../nbs/fold/rules/01_linear.ipynb #8356a4d8
+def _reading(view, arg, leaf):
+    "How the constant `arg` reads the parameter at `leaf`; None if it does more with it than to move its elements and to multiply each by a constant"
+    shape,all_of_it = view.shape(leaf),[i for i in view.leaves(arg) if view.tensor(i) is view.tensor(leaf)]
+    def read(x): return view.evaluate_on(arg, dict.fromkeys(all_of_it, x.view(shape))).flatten()
+    numbers = torch.arange(1, shape.numel()+1, dtype=torch.float64)
+    factors = read(torch.ones_like(numbers))
+    found = torch.where(factors!=0, read(numbers)/factors, 1.).round()-1
+    if not ((found>=0) & (found<len(numbers))).all(): return None
+    places = found.long()
+    drawn = torch.rand(numbers.shape, generator=torch.Generator().manual_seed(0), dtype=numbers.dtype)
+    if not torch.allclose(read(drawn), drawn[places]*factors, rtol=1e-12, atol=0.): return None
+    return Reading(places, tuple(view.shape(arg)), None if (factors==1).all() else factors)
+
+def _parameters_first(view, leaf):
+    "What is trained before what is not (a mask), in the order in which they are read"
+    tensor = view.tensor(leaf)
+    is_parameter = any(place[2] for place in view.registered(tensor))
+    return not is_parameter, not tensor.requires_grad, view.at[leaf]
+
 def _source(view, node, arg, what):
-    "The node of the parameter behind `arg`, and, if it is read through views, for each element its place in the parameter"
-    at = view.where(node)
-    if not isinstance(arg, Node) or not view.is_const(arg): raise Stop(f"{at}, whose {what} is computed anew at every call", 'computed weight')
+    "The node of the parameter behind `arg`, and its `Reading`, if it is not read as it is"
+    anew = Stop(f"{view.where(node)}, whose {what} is computed anew at every call", 'computed weight')
+    if not isinstance(arg, Node) or not view.is_const(arg): raise anew
     if view.tensor(arg) is not None: return arg, None
     leaves = [leaf for leaf in view.leaves(arg) if view.dtype(leaf).is_floating_point]
-    if len(leaves)!=1: raise Stop(f"{at}, whose {what} is computed anew at every call", 'computed weight')
-    [leaf] = leaves
-    places = torch.arange(view.shape(leaf).numel(), dtype=torch.float64).view(view.shape(leaf))
-    seen = view.evaluate_on(arg, {leaf: places})
-    moved = torch.rand(places.shape, generator=torch.Generator().manual_seed(0), dtype=places.dtype)
-    only_moves = torch.equal(view.evaluate_on(arg, {leaf: moved}).flatten(), moved.flatten()[_whole(seen, places)])
-    if not only_moves: raise Stop(f"{at}, whose {what} is computed anew at every call", 'computed weight')
-    return leaf, seen.long().flatten()
-
-def _whole(seen, places):
-    "`seen` as indices, if it may be any"
-    ok = (seen==seen.round()) & (seen>=0) & (seen<places.numel())
-    return torch.where(ok, seen, 0.).long().flatten()
+    for leaf in sorted(leaves, key=partial(_parameters_first, view)):
+        if reading := _reading(view, arg, leaf): return leaf, reading
+    raise anew
 
 # %% ../../../nbs/fold/rules/01_linear.ipynb #b7c94688
 def _check(view, node, tensor, what):
@@ -50,11 +60,11 @@ def _check(view, node, tensor, what):
     if not tensor.is_floating_point(): raise Stop(f"{at}, whose {what} is {tensor.dtype}, not floating point", 'dtype')
 
 def parameter(view, node:Node, arg, what:str) -> tuple:
-    "`(full name, order)` of the parameter behind the argument `arg` of `node`; `Stop` says why it cannot be changed"
-    leaf,order = _source(view, node, arg, what)
+    "`(full name, Reading or None)` of the parameter behind the argument `arg` of `node`; `Stop` says why it cannot be changed"
+    leaf,reading = _source(view, node, arg, what)
     tensor = view.tensor(leaf)
     _check(view, node, tensor, what)
-    return view.name_of(tensor), order
+    return view.name_of(tensor), reading
 
 # %% ../../../nbs/fold/rules/01_linear.ipynb #7eb85191
 def _bias_place(view, node, weight):
@@ -68,11 +78,11 @@ def _bias_place(view, node, weight):
 
 def absorber(view, node:Node, amap:Affine, weight, bias, cls=Layer, has_place:bool=True, **kwargs):
     "The absorber behind an operator with this weight and bias; `Stop` where they may not be changed, or there is no place for the shift"
-    name,order = parameter(view, node, weight, 'weight')
-    if order is not None: kwargs |= dict(order=order, shape=tuple(view.shape(weight)))
+    name,reading = parameter(view, node, weight, 'weight')
+    kwargs |= dict(reading=reading)
     if bias is not None:
-        bias_name,bias_order = parameter(view, node, bias, 'bias')
-        if bias_order is not None: raise Stop(f"{view.where(node)}, whose bias is computed anew at every call", 'computed weight')
+        bias_name,bias_reading = parameter(view, node, bias, 'bias')
+        if bias_reading is not None: raise Stop(f"{view.where(node)}, whose bias is computed anew at every call", 'computed weight')
         if bias_name.rpartition('.')[0]!=name.rpartition('.')[0] and not view.free:
             raise Stop(f"{view.where(node)}, whose bias belongs to another module, `{bias_name.rpartition('.')[0]}`", 'tied weight')
         return cls(name, bias_name, **kwargs)
@@ -163,18 +173,19 @@ def linear_forward(view, node, amap, source):
 @backward(*ops('embedding'))
 def embedding_backward(view, node, amap):
     "`s·E[i]+t = (s·E+t)[i]`"
-    name,order = parameter(view, node, arguments(node)['weight'], 'weight')
-    if order is not None: raise Stop(f"{view.where(node)}, whose weight is computed anew at every call", 'computed weight')
+    name,reading = parameter(view, node, arguments(node)['weight'], 'weight')
+    if reading is not None: raise Stop(f"{view.where(node)}, whose weight is computed anew at every call", 'computed weight')
     return [Absorb(Stored(name), 'out', per_channel(view, node, amap, -1), node)]
 
 def stored_backward(view, node, amap):
     "A parameter, or a view of one, that is itself the value"
-    name,order = parameter(view, node, node, 'value')
+    name,reading = parameter(view, node, node, 'value')
     shape = view.shape(node)
     if torch.broadcast_shapes(amap.scale.shape, shape)!=shape: raise _spread(name)
-    if order is None: return [Absorb(Stored(name), 'out', amap, node)]
+    if reading is None: return [Absorb(Stored(name), 'out', amap, node)]
+    if reading.factors is not None: raise Stop(f"`{name}`, which is multiplied before it is used", 'computed weight')
     leaf,_ = _source(view, node, node, 'value')
-    return [Absorb(Stored(name), 'out', _through(amap, order, shape, view.shape(leaf), name), node)]
+    return [Absorb(Stored(name), 'out', _through(amap, reading.places, shape, view.shape(leaf), name), node)]
 
 def _spread(name): return Stop(f"`{name}`, which is broadcast to places with different maps", 'differs by position')
 
