@@ -95,12 +95,13 @@ def of_the_file(net, x, outs):
     with tempfile.TemporaryDirectory() as folder:
         card = net.export(Path(folder)/'net.onnx', normalized(x[:1]), integers=True)
         session = onnxruntime.InferenceSession(str(Path(folder)/'net.onnx'), providers=['CPUExecutionProvider'])
-    found = [session.run(None, {session.get_inputs()[0].name: normalized(part).numpy()}) for part in x.split(64)]
+    def of_engine(part, names=None): return session.run(names, {session.get_inputs()[0].name: normalized(part).numpy()})
     seen,first = {},normalized(x[:64])
     net(first, see=lambda name, value: seen.update({name: value.numpy()}))
     names = [name.removeprefix('integers_') for name in card.integers]
-    other = [name for name,ints in zip(names, found[0][net.n_outputs:]) if not np.array_equal(ints, seen[name])]
-    predictions = torch.cat([torch.from_numpy(outs[0]) for outs in found])
+    other = [name for name,ints in zip(names, of_engine(x[:64])[net.n_outputs:]) if not np.array_equal(ints, seen[name])]
+    prediction = [session.get_outputs()[0].name] # (all integers of all images would take 16 GB)
+    predictions = torch.cat([torch.from_numpy(of_engine(part, prediction)[0]) for part in x.split(64)])
     return dict(card=str(card), changed=changed(predictions, outs), values=len(names), values_that_differ=len(other))
 
 def facts(network, images, cache):
