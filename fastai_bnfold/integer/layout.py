@@ -177,7 +177,7 @@ def _is_term(program, node):
 def _bits_of(program, node, kind, last, bits):
     "How many the integers of the value `last` have, of the layer that begins at `node`"
     res = max(bits, 7) if kind=='average' or op_of(node) in _gates else bits
-    return min(res+1, 8) if _is_term(program, last) else res
+    return res+1 if res<4 and _is_term(program, last) else res
 
 def _reads_input(node):
     "Is what `node` reads an input of the model, moved at most?"
