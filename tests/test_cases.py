@@ -80,8 +80,8 @@ def test_a_weight_that_is_a_buffer_is_kept():
     row = BNFolder().plan(net, x).rows[0]
     assert not row.folded and 'buffer' in row.reason
 
-def test_a_weight_that_a_hook_of_ones_own_computes_is_kept():
-    net = Net(lambda m,x: m.bn1(F.conv2d(x, m.conv1.weight*2)))
+def test_a_weight_that_forward_computes_is_kept():
+    net = Net(lambda m,x: m.bn1(F.conv2d(x, m.conv1.weight**2)))
     row = BNFolder().plan(net, x).rows[0]
     assert not row.folded and 'computed anew' in row.reason
 

@@ -20,7 +20,7 @@ from .registry import *
 def _reading(view, arg, leaf):
     "How the constant `arg` reads the parameter at `leaf`; None if it does more with it than to move its elements and to multiply each by a constant"
     shape,all_of_it = view.shape(leaf),[i for i in view.leaves(arg) if view.tensor(i) is view.tensor(leaf)]
-    def read(x): return view.evaluate_on(arg, dict.fromkeys(all_of_it, x.view(shape))).flatten()
+    def read(x): return view.evaluate_on(arg, dict.fromkeys(all_of_it, x.view(shape))).flatten().double()
     numbers = torch.arange(1, shape.numel()+1, dtype=torch.float64)
     factors = read(torch.ones_like(numbers))
     found = torch.where(factors!=0, read(numbers)/factors, 1.).round()-1
